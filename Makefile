@@ -1,0 +1,55 @@
+# Two commands set everything up: `make train` (the main job) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+BIN = $(VENV)/bin
+PINS = $(shell $(PYTHON) -c 'import sys; print("requirements/python3.11.txt" if sys.version_info < (3, 12) else "requirements/python3.12.txt")')
+STAMP = $(VENV)/.installed-$(EXTRAS)
+
+.PHONY: help install train test drill lint colabs parity-env parity clean
+
+help:
+	@echo "make train    install, train QSFormer and ProtoNet on glyphs, compare them (minutes on two cores)"
+	@echo "make test     install, run the whole test suite"
+	@echo "make drill    kill a run at 20 random moments and check that nothing changes"
+	@echo "make lint     ruff and pyright"
+	@echo "make colabs   run the notebooks from top to bottom"
+	@echo "make parity   compare with torch, in an environment of its own (make parity-env)"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/python3.11.txt requirements/python3.12.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint $(PINS) --editable '.[$(EXTRAS)]'
+	touch $@
+
+train: install
+	$(BIN)/xattn train --config=protonet/glyphs --workdir=runs/protonet_glyphs
+	$(BIN)/xattn train --config=qsformer/glyphs --workdir=runs/qsformer_glyphs
+	$(BIN)/xattn eval --workdir=runs/qsformer_glyphs --against=runs/protonet_glyphs
+
+test: install
+	$(BIN)/pytest -n 2 --dist worksteal -q
+
+drill: install
+	$(BIN)/python tests/train/drill.py --runs=20
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+colabs: install
+	$(BIN)/jupytext --sync --quiet colabs/*.py
+	for notebook in colabs/*.ipynb; do $(BIN)/python colabs/run.py $$notebook || exit 1; done
+
+parity-env:
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet --requirement requirements/parity.txt
+	.venv-parity/bin/pip install --quiet --constraint $(PINS) --editable '.[dev]'
+
+parity: parity-env
+	.venv-parity/bin/pytest -q -m parity tests/parity
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

@@ -1,0 +1,26 @@
+"""Eight simulated devices, a persistent compilation cache and checked annotations for every test."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from absl import flags
+
+from xattn.config import cache_dir
+
+
+def pytest_configure() -> None:
+    # grain reads absl flags when it starts workers.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "tests"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)

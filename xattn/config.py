@@ -1,0 +1,185 @@
+"""Configs: find a file by name, override keys, check them against a constructor, save and hash."""
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+# Keys that may change when a run is continued: they do not alter the steps already taken.
+RESUMABLE = ("num_steps", "mesh", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code")
+
+
+class UsageError(ValueError):
+    """Something that the user can put right; the command line prints its sentence and exits with 2."""
+
+
+def check_keys(keys: Iterable[str], constructor: Callable, where: str) -> None:
+    """Raises `UsageError` if a key is not a keyword of `constructor`, naming the nearest one.
+
+    Args:
+      keys: the keys that a config gives.
+      constructor: a class or function; its keyword arguments are what may be given.
+      where: the config path to name in the message, such as `model.encoder`.
+    """
+    known = [name for name in inspect.signature(constructor).parameters if name not in ("parent", "name")]
+    for key in keys:
+        if key not in known:
+            raise UsageError(f"{where} has no key '{key}': {_nearest(key, known)}")
+
+
+def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """`table[name]`, or a `UsageError` that names the nearest entry."""
+    if name not in table:
+        raise UsageError(f"there is no {what} '{name}': {_nearest(name, list(table))}")
+    return table[name]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}."
+
+
+def cache_dir() -> Path:
+    """The one folder for caches: `XATTN_CACHE`, else the platform's cache folder."""
+    if folder := os.environ.get("XATTN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xattn"
+
+
+def configs_dir() -> Path:
+    """Where the named configs are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """The names that `--config` takes, such as `qsformer/glyphs`."""
+    root = configs_dir()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.py"))
+
+
+def config_path(name: str) -> Path:
+    """The file of a config given as a path or as a name; `UsageError` names the nearest if there is none."""
+    if name.endswith(".py") and Path(name).is_file():
+        return Path(name)
+    names = config_names()
+    if name in names:
+        return configs_dir() / f"{name}.py"
+    raise UsageError(f"there is no config '{name}': {_nearest(name, names)}")
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config `NAME` or `NAME:VARIANT` (a file's path or one of `config_names()`), its keys locked.
+
+    Raises:
+      UsageError: no such config or variant.
+    """
+    path, _, variant = name.partition(":")
+    spec = importlib.util.spec_from_file_location("xattn_config", config_path(path))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant)
+    return config.lock()
+
+
+def check_variant(arg: str, allowed: Sequence[str]) -> str:
+    """The variant that a config's `get_config(arg)` was asked for: one of `allowed`, or empty."""
+    if arg and arg not in allowed:
+        raise UsageError(f"this config has no variant '{arg}': {_nearest(arg, allowed)}")
+    return arg
+
+
+def parse_config(argv: Sequence[str]) -> tuple[str, ConfigDict, list[str]]:
+    """Takes `--config=NAME:VARIANT` and its overrides `--config.key=value` out of a command line.
+
+    Returns `NAME:VARIANT`, the config, and the arguments that are left.
+
+    Raises:
+      UsageError: no config is given, no such config, variant or key, or a value of the wrong type.
+    """
+    name, overrides, rest = None, [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if re.match(r"--?config(=|$)", argument):
+            name = argument.partition("=")[2] or next(arguments, "")
+        elif re.match(r"--?config\.", argument):
+            overrides.append(argument)
+            if "=" not in argument:
+                overrides.append(next(arguments, ""))
+        else:
+            rest.append(argument)
+    if not name:
+        raise UsageError("give --config=NAME; `xattn list` shows the names.")
+    config = load_config(name)
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
+        values(["xattn", *overrides])
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(_override_message(error, overrides, config)) from error
+    return name, config, rest
+
+
+def _override_message(error: Exception, overrides: Sequence[str], config: ConfigDict) -> str:
+    for override in overrides:
+        path = override.partition("=")[0].lstrip("-").partition(".")[2]
+        node: Any = config
+        for depth, key in enumerate(path.split(".")):
+            if not isinstance(node, ConfigDict) or key not in node:
+                where = ".".join(["config", *path.split(".")[:depth]])
+                known = list(node) if isinstance(node, ConfigDict) else []
+                return f"{where} has no key '{key}': {_nearest(key, known) if known else 'it is a value.'}"
+            node = node[key]
+    return " ".join(str(error.args[0] if error.args else error).split())
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as JSON with sorted keys: what is written to a workdir and hashed."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote (JSON has no tuples: sequences come back as tuples)."""
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: restore(entry) for key, entry in value.items()}
+        return tuple(restore(entry) for entry in value) if isinstance(value, list) else value
+
+    return ConfigDict(restore(json.loads(text)))
+
+
+def config_hash(config: ConfigDict) -> str:
+    """Twelve hex digits of the resolved config's SHA-256."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+
+
+def differing_keys(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Dotted keys in which two configs differ, apart from those that a continued run may change."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        leaves: dict[str, Any] = {}
+        for key, value in node.items():
+            leaves |= flat(value, f"{prefix}.{key}" if prefix else key)
+        return leaves
+
+    before, after = flat(json.loads(to_json(old))), flat(json.loads(to_json(new)))
+    keys = sorted(before.keys() | after.keys())
+    missing = object()
+    return [
+        key for key in keys
+        if key.split(".")[0] not in RESUMABLE and before.get(key, missing) != after.get(key, missing)
+    ]

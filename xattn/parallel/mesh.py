@@ -1,0 +1,143 @@
+"""The device mesh, and the one table that maps logical axis names to mesh axes.
+
+Modules name what an axis of an array means ("embed", "heads", "batch"); only this file says over which
+mesh axis it is split. The mesh has four axes: `data` (replicas), `fsdp` (replicas that also share the
+parameters among them), `tensor` (heads and hidden units) and `sequence` (keys of one long context).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xattn.config import UsageError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    # parameters
+    ("embed", "fsdp"),
+    ("embed_out", None),
+    ("heads", "tensor"),
+    ("kv", None),
+    ("mlp", "tensor"),
+    ("conv_height", None),
+    ("conv_width", None),
+    ("conv_in", None),
+    ("conv_out", "fsdp"),
+    ("norm", None),
+    ("classes", None),
+    # activations
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_kv", None),
+    ("act_mlp", "tensor"),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh over this run's devices with the axes `data, fsdp, tensor, sequence`.
+
+    One size may be -1: it takes the devices that the others leave. A mesh smaller than the machine uses
+    the first devices.
+
+    Raises:
+      UsageError: the sizes need more devices than there are, or don't divide them.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UsageError(f"config.mesh is {sizes}: give positive sizes, and -1 to at most one axis.")
+    devices = jax.devices()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if fixed > len(devices) or (free and len(devices) % fixed):
+        raise UsageError(
+            f"config.mesh {sizes} does not fit {len(devices)} {devices[0].platform} device(s): "
+            f"the product of the sizes must {'divide' if free else 'not exceed'} their number."
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes.values())
+    used = devices[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Makes `mesh` and the logical rules current: sharding constraints in modules refer to both."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def without_names(tree: Any) -> Any:
+    """The tree with plain leaves instead of boxes that carry logical axis names.
+
+    `flax.core.meta.unbox` would also constrain each leaf's sharding, which shapes don't have.
+    """
+    return jax.tree.map(lambda leaf: leaf.value if _named(leaf) else leaf, tree, is_leaf=_named)
+
+
+def _named(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def state_shardings(abstract: Any, mesh: Mesh) -> tuple[Any, list[str]]:
+    """Shardings for a tree of shapes whose leaves may carry logical axis names.
+
+    Args:
+      abstract: what `jax.eval_shape` gives for an initialisation; annotated leaves are
+        `nn.LogicallyPartitioned`, others are replicated.
+      mesh: from `make_mesh`.
+
+    Returns:
+      A tree of `NamedSharding` (without the boxes), and one line for each parameter axis that its mesh
+      axis does not divide; such an axis is replicated.
+
+    Raises:
+      UsageError: a logical name that has no rule.
+    """
+    rules = dict(RULES)
+    notes = []
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        if not _named(leaf):
+            return NamedSharding(mesh, PartitionSpec())
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = []
+        for size, name in zip(leaf.value.shape, leaf.names, strict=True):
+            if name is not None and name not in rules:
+                raise UsageError(f"{where} uses the logical axis '{name}', which has no rule: add one to RULES "
+                                 "in xattn/parallel/mesh.py.")
+            axis = rules.get(name) if name is not None else None
+            if isinstance(axis, str) and size % mesh.shape[axis]:
+                notes.append(f"{where}: '{name}' of size {size} stays whole, mesh axis '{axis}' has size "
+                             f"{mesh.shape[axis]}")
+                axis = None
+            spec.append(axis)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract, is_leaf=_named), notes
+
+
+def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
+    """Raises `UsageError` unless `batch_size` splits into microbatches that the mesh divides."""
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (accumulate_steps * replicas):
+        raise UsageError(
+            f"config.pipeline.batch_size is {batch_size}, which does not split into {accumulate_steps} "
+            f"microbatch(es) over {replicas} replicas (mesh data x fsdp): make it a multiple of "
+            f"{accumulate_steps * replicas}."
+        )
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on the mesh, leading axis over `data` and `fsdp`."""
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
