@@ -1,0 +1,6 @@
+"""Looking into models."""
+
+from xattn.analysis.flops import count_flops
+from xattn.analysis.inspect import inspect, show
+
+__all__ = ["count_flops", "inspect", "show"]

@@ -1,0 +1,130 @@
+"""The command line: one verb, its flags, one sentence and exit code 2 for what the user can put right."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+
+from xattn import analysis, data, evals, models, tasks, train
+from xattn.config import Config, UsageError, cache_dir, config_names, parse_config
+
+USAGE = """usage: xattn VERB [--config=NAME[:VARIANT]] [--config.key=value ...] [flags]
+
+verbs:
+  train    --config=NAME [--workdir=DIR]      train, or continue the run in DIR, then evaluate
+  eval     --workdir=DIR [--against=DIR]      evaluate a run; compare it with another, episode by episode
+  inspect  --config=NAME [--json]             parameters, FLOPs, memory and shapes
+  list                                        models, tasks, sources, evaluations, configs
+
+`xattn VERB --help` shows the verb's flags. The same command continues a run that was stopped.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, 1 for a failure, 2 for a mistake in what was asked."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    verb, *arguments = arguments
+    try:
+        if verb not in VERBS:
+            raise UsageError(f"there is no verb '{verb}': choose from {', '.join(VERBS)}.")
+        return VERBS[verb](arguments)
+    except UsageError as error:
+        print(f"xattn {verb}: {error}", file=sys.stderr)
+        return 2
+    except train.NotFinite as error:
+        print(f"xattn {verb}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(
+    define: Callable[[flags.FlagValues], None], arguments: list[str], takes_config: bool = False
+) -> tuple[flags.FlagValues, str, Config]:
+    """The verb's flags, and the config's name and contents where it takes one."""
+    values = flags.FlagValues()
+    define(values)
+    flags.DEFINE_string("cache_dir", None, "folder of caches: glyphs, compiled programs", flag_values=values)
+    flags.DEFINE_bool("verbose", False, "log what the libraries do", flag_values=values)
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, values.get_help(), sep="\n")
+        raise SystemExit(0)
+    name, config = "", Config()
+    if takes_config:
+        name, config, arguments = parse_config(arguments)
+    try:
+        rest = values(["xattn", *(_underscores(argument) for argument in arguments)])[1:]
+    except flags.Error as error:
+        raise UsageError(f"{error} (`xattn VERB --help` shows the flags)") from error
+    if rest:
+        raise UsageError(f"'{rest[0]}' is no flag: flags start with --.")
+    logging.set_verbosity(logging.INFO if values.verbose else logging.WARNING)
+    if values.cache_dir:
+        os.environ["XATTN_CACHE"] = values.cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    return values, name, config
+
+
+def _underscores(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value
+
+
+def _train(arguments: list[str]) -> int:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "the run's folder (default: runs/NAME)", flag_values=values)
+
+    values, name, config = _parse(define, arguments, takes_config=True)
+    workdir = Path(values.workdir or f"runs/{Path(name.replace('/', '_').replace(':', '_')).stem}")
+    try:
+        train.train(config, workdir)
+    except train.Preempted as stopped:
+        print(stopped)
+        return config.preempt_exit_code
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "a trained or converted run", flag_values=values)
+        flags.DEFINE_string("against", None, "another run, compared on the same episodes", flag_values=values)
+        flags.DEFINE_string("step", "best", "best, latest, or a number", flag_values=values)
+        flags.DEFINE_string("only", None, "one of config.evals", flag_values=values)
+
+    values, *_ = _parse(define, arguments)
+    if values.workdir is None:
+        raise UsageError("give --workdir=DIR, the folder of a run.")
+    if values.against:
+        evals.compare_workdirs(Path(values.workdir), Path(values.against), values.step)
+    else:
+        evals.evaluate_workdir(Path(values.workdir), values.step, values.only)
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
+
+    values, _, config = _parse(define, arguments, takes_config=True)
+    analysis.show(analysis.inspect(config), as_json=values.json)
+    return 0
+
+
+def _list(arguments: list[str]) -> int:
+    _parse(lambda values: None, arguments)
+    tables = {"models": models.MODELS, "tasks": tasks.TASKS, "sources": data.SOURCES, "evals": evals.EVALS}
+    for title, table in tables.items():
+        print(f"{title}:")
+        for name, entry in table.items():
+            print(f"  {name:<18}{(entry.__doc__ or '').strip().splitlines()[0]}")
+    print("configs:")
+    for name in config_names():
+        print(f"  {name}")
+    return 0
+
+
+VERBS = {"train": _train, "eval": _eval, "inspect": _inspect, "list": _list}

@@ -1,0 +1,6 @@
+"""The training program and its parts."""
+
+from xattn.train.loop import Preempted, train
+from xattn.train.reporting import NotFinite
+
+__all__ = ["NotFinite", "Preempted", "train"]

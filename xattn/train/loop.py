@@ -1,0 +1,144 @@
+"""The training program, read top to bottom: config -> mesh -> model -> state -> steps -> evaluation.
+
+Position in the data, random numbers and the schedule are functions of the step alone, so a run that was
+stopped at any moment continues, bit for bit, from its latest checkpoint: start the same command again.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xattn import data, evals, models, tasks
+from xattn.checkpoints import Checkpoints, open_workdir
+from xattn.config import Config, config_hash
+from xattn.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
+from xattn.train.optim import make_optimizer
+from xattn.train.reporting import Reporter
+from xattn.train.state import abstract_state
+from xattn.train.step import make_train_step
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM) and has saved its state."""
+
+
+def train(config: Config, workdir: Path) -> dict[str, Any]:
+    """Trains, or continues, the run of `config` in `workdir`; returns the results of its evaluations.
+
+    Args:
+      config: as one of `configs/` gives it.
+      workdir: is created, or continued if it holds the same experiment.
+
+    Raises:
+      UsageError: something in the config, the data or the workdir that the user can put right.
+      NotFinite: `config.max_skipped` updates in a row were not finite.
+      Preempted: after SIGTERM, once a checkpoint is written.
+    """
+    # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
+    began = time.perf_counter()
+    mesh = make_mesh(**config.mesh)
+    batch_size = config.pipeline.batch_size
+    check_batch(batch_size, config.accumulate_steps, mesh)
+    model = models.build(config.model.to_dict(), dtype=config.dtype)
+    task = tasks.build(config.task.to_dict())
+    optimizer, schedule = make_optimizer(
+        config.optimizer.to_dict(), config.num_steps, getattr(model, "frozen_parameters", ())
+    )
+    source = data.build(config.data.to_dict(), split="train")
+    pipeline = config.pipeline.to_dict() | {"seed": config.seed}
+
+    # State: planned without memory, then restored into its shardings, or created in them.
+    with use_mesh(mesh):
+        sample = next(iter(data.batches(source, pipeline)))
+        create, abstract, notes = abstract_state(
+            model, task, optimizer, jax.tree.map(lambda x: x[:1], sample), config.ema_decay > 0, config.seed, mesh
+        )
+        open_workdir(workdir, config)
+        metric = config.validation.metric if config.validation else None
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
+        restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
+        state = create() if restored is None else replace(abstract, **restored[1], **restored[2])
+        start = int(state.step)
+
+        with (
+            Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
+            _on_sigterm() as stop,
+        ):
+            for note in notes:
+                report.say(f"not sharded: {note}")
+            report.say(_summary(config, state, mesh, workdir, start))
+
+            # The step, compiled ahead so that its time is told apart from the training's.
+            train_step = make_train_step(
+                model, task, optimizer, schedule, config.seed, config.accumulate_steps, config.ema_decay
+            )
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+            compiled = jitted.lower(state, shard_batch(sample, mesh)).compile()
+            report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
+
+            # The loop: update, log, validate, save.
+            hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+            batches = data.batches(source, pipeline, start_step=start, num_steps=config.num_steps - start, **hosts)
+            for step, batch in enumerate(batches, start=start + 1):
+                state, metrics = compiled(state, shard_batch(batch, mesh))
+                last, stopping = step == config.num_steps, stop.is_set()
+                if step % config.log_every == 0 or last:
+                    report.train_row(step, metrics)
+                validated = None
+                if config.validation and (step % config.validation.every == 0 or last):
+                    validated = _validate(config, model, state)
+                    report.validation_row(step, validated)
+                if validated or step % config.checkpoint.every == 0 or last or stopping:
+                    report.flush()
+                    meta = {"config_hash": config_hash(config)}
+                    checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
+                if stopping and not last:
+                    checkpoints.close()
+                    raise Preempted(f"stopped at step {step}; the same command continues from there.")
+            checkpoints.close()
+            report.say(f"curves: {report.plot_curves()}")
+
+    # Evaluation of the checkpoint that `xattn.load` gives.
+    return evals.evaluate_workdir(workdir)
+
+
+def _validate(config: Config, model: Any, state: Any) -> dict[str, float]:
+    spec = {key: value for key, value in config.validation.to_dict().items() if key not in ("every", "metric")}
+    variables = {"params": state.ema or state.params, **state.model_state}
+    result = evals.run(spec, model, variables, config)
+    return {name: value for name, value in result.items() if isinstance(value, float)}
+
+
+def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -> str:
+    count = sum(np.prod(leaf.shape, dtype=int) for leaf in jax.tree.leaves(state.params))
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
+    where = f"continues at step {start}" if start else "starts"
+    batch = config.pipeline.batch_size
+    per_replica = batch // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate_steps)
+    return (
+        f"{config.model.name}: {count:,} parameters, {shape}, batch {batch} ({per_replica} a replica and "
+        f"microbatch), {config.num_steps} steps; {where} in {workdir}"
+    )
+
+
+@contextmanager
+def _on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; where signals can't be caught (not the main thread), it is never set."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,146 @@
+"""Optimizers and schedules by config: optax, with weight-decay masks and frozen parameters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xattn.config import UsageError, check_keys, lookup
+
+Schedule = Callable[[Any], Any]
+
+
+def constant(num_steps: int, value: float, warmup_steps: int = 0) -> Schedule:
+    """`value`, after a linear warm-up."""
+    del num_steps
+    return _warm(optax.constant_schedule(value), value, warmup_steps)
+
+
+def cosine(num_steps: int, value: float, warmup_steps: int = 0, final_fraction: float = 0.0) -> Schedule:
+    """Half a cosine from `value` to `final_fraction * value` at the last step, after a linear warm-up."""
+    decay = optax.cosine_decay_schedule(value, max(1, num_steps - warmup_steps), alpha=final_fraction)
+    return _warm(decay, value, warmup_steps)
+
+
+def linear(num_steps: int, value: float, warmup_steps: int = 0, final_fraction: float = 0.0) -> Schedule:
+    """A line from `value` to `final_fraction * value` at the last step, after a linear warm-up."""
+    decay = optax.linear_schedule(value, final_fraction * value, max(1, num_steps - warmup_steps))
+    return _warm(decay, value, warmup_steps)
+
+
+def step(num_steps: int, value: float, every: int = 1000, factor: float = 0.1, warmup_steps: int = 0) -> Schedule:
+    """`value * factor ** (steps // every)` (torch's StepLR), after a linear warm-up."""
+    del num_steps
+    return _warm(optax.exponential_decay(value, every, factor, staircase=True), value, warmup_steps)
+
+
+def _warm(schedule: Schedule, value: float, warmup_steps: int) -> Schedule:
+    if not warmup_steps:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, value, warmup_steps), schedule], [warmup_steps])
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "step": step}
+
+
+def sgd(
+    schedule: Schedule, mask: Any, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """SGD whose weight decay is added to the gradient before the momentum, as in torch."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask), optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov)
+    )
+
+
+def adam(
+    schedule: Schedule, mask: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980), without weight decay."""
+    del mask
+    return optax.adam(schedule, b1=b1, b2=b2, eps=eps)
+
+
+def adamw(
+    schedule: Schedule, mask: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 1e-2
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+
+
+def lamb(
+    schedule: Schedule, mask: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, weight_decay: float = 1e-2
+) -> optax.GradientTransformation:
+    """LAMB (arXiv 1904.00962): Adam with a trust ratio for each layer."""
+    return optax.lamb(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+
+
+OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb}
+
+
+def decay_mask(decay: str) -> Callable[[Any], Any]:
+    """Which parameters weight decay shrinks: "all", or "kernels" (not biases, scales and other `norm`s).
+
+    A kernel is a leaf named `kernel` or `embedding`: a bias of an attention projection has two axes, so
+    the number of axes does not tell.
+    """
+    if decay == "all":
+        return lambda params: jax.tree.map(lambda _: True, params)
+    if decay != "kernels":
+        raise UsageError(f"config.optimizer.decay is '{decay}': choose 'all' or 'kernels'.")
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: _keys(path)[-1] in ("kernel", "embedding"), params
+    )
+
+
+def _frozen(prefixes: Sequence[str], params: Any) -> Any:
+    def matches(path: tuple, _: Any) -> bool:
+        name = "/".join(_keys(path))
+        return any(name == prefix or name.startswith(f"{prefix}/") for prefix in prefixes)
+
+    return jax.tree_util.tree_map_with_path(matches, params)
+
+
+def _keys(path: tuple) -> list[str]:
+    """The names on a parameter's path; a box that holds its logical axes adds an entry, which is no name."""
+    return [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+
+
+def make_optimizer(
+    config: Mapping[str, Any], num_steps: int, frozen: Sequence[str] = ()
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optimizer of `config.optimizer`, and its learning-rate schedule for the log.
+
+    Order: gradients of frozen parameters are dropped, the global norm is clipped, the optimizer runs,
+    updates of frozen parameters are dropped (so weight decay leaves them alone too).
+
+    Args:
+      config: `name`, `learning_rate`, `schedule` (a mapping with its `name`), `clip_norm` (0: none), `decay`
+        ("all" or "kernels"), and the optimizer's own keywords.
+      num_steps: length of the schedule in steps.
+      frozen: path prefixes of parameters that training must not change.
+
+    Raises:
+      UsageError: an unknown optimizer, schedule or key.
+    """
+    options = dict(config)
+    make = lookup(OPTIMIZERS, options.pop("name"), "optimizer")
+    schedule_options = dict(options.pop("schedule"))
+    make_schedule = lookup(SCHEDULES, schedule_options.pop("name"), "schedule")
+    learning_rate, clip_norm = options.pop("learning_rate"), options.pop("clip_norm", 0.0)
+    mask = decay_mask(options.pop("decay", "kernels"))
+    check_keys(options, make, "config.optimizer")
+    check_keys(schedule_options, make_schedule, "config.optimizer.schedule")
+    schedule = make_schedule(num_steps, learning_rate, **schedule_options)
+    drop_frozen = optax.masked(optax.set_to_zero(), lambda params: _frozen(frozen, params))
+    parts = [drop_frozen] if frozen else []
+    parts += [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    parts += [make(schedule, mask, **options)]
+    parts += [drop_frozen] if frozen else []
+    return optax.chain(*parts), schedule
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all leaves together, in float32."""
+    return optax.global_norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))

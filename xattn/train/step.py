@@ -1,0 +1,104 @@
+"""One update: gradients over microbatches, a guard against non-finite ones, the moving average."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from xattn.train.optim import Schedule, global_norm
+from xattn.train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: nn.Module,
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    seed: int,
+    accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """The pure function that `train/loop.py` compiles.
+
+    Random numbers of step s and microbatch a come from `fold_in(fold_in(key(seed), s), a)`. A step whose
+    loss or gradient norm is not finite changes nothing but the counters.
+
+    Args:
+      model, task, optimizer, schedule: see `xattn.models`, `xattn.tasks` and `xattn.train.optim`.
+      seed: of the run.
+      accumulate_steps: microbatches a step; gradients and metrics are their means, so a step equals one
+        on the whole batch for losses that are means over examples of equal weight.
+      ema_decay: of the parameters' moving average; 0 keeps none.
+    """
+
+    def loss_fn(params: Any, model_state: Any, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple]:
+        loss, metrics, new_state = task(
+            model,
+            {"params": params, **model_state},
+            batch,
+            train=True,
+            rngs={"dropout": rng, "sfc": jax.random.fold_in(rng, 1)},
+        )
+        return loss, (metrics, new_state or model_state)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(state: TrainState, batch: dict, rng: jax.Array) -> tuple[Any, Metrics, Any]:
+        if accumulate_steps == 1:
+            (_, (metrics, model_state)), grads = grad_fn(
+                state.params, state.model_state, batch, jax.random.fold_in(rng, 0)
+            )
+            return grads, metrics, model_state
+        # Microbatch a takes rows a, a + A, ...: with the rows sharded, each keeps its share of every one.
+        micro = jax.tree.map(lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def accumulate(carry: tuple, inputs: tuple) -> tuple[tuple, Metrics]:
+            total, model_state = carry
+            index, rows = inputs
+            (_, (metrics, model_state)), grads = grad_fn(
+                state.params, model_state, rows, jax.random.fold_in(rng, index)
+            )
+            return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (total, model_state), metrics = jax.lax.scan(
+            accumulate, (zeros, state.model_state), (jnp.arange(accumulate_steps), micro)
+        )
+        grads = jax.tree.map(lambda g: g / accumulate_steps, total)
+        return grads, jax.tree.map(lambda m: m.mean(0), metrics), model_state
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics, model_state = gradients(state, batch, rng)
+        norm = global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = jax.tree.map(
+            lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params if ema_decay else {}
+        )
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updated = replace(state, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda good, old: jnp.where(finite, good, old), updated, state)
+        new = replace(
+            new,
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        metrics |= {
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "grad_norm": norm,
+            "param_norm": global_norm(params),
+            "update_norm": global_norm(updates),
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+        }
+        return new, metrics
+
+    return train_step
