@@ -1,0 +1,350 @@
+"""Every exact implementation against one float64 definition with its gradients in closed form."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.ops.attention import IMPLEMENTATIONS, Mask, attention_weights, dot_product_attention
+
+VARIANTS = {
+    "reference": {"implementation": "reference"},
+    "xla": {"implementation": "xla"},
+    "one chunk": {"implementation": "chunked"},
+    "key chunks": {"implementation": "chunked", "key_chunk_size": 3},
+    "key and query chunks": {"implementation": "chunked", "key_chunk_size": 2, "query_chunk_size": 2},
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """One call of attention. Sizes leave ragged chunks: 7 keys in chunks of 3 or 2, 5 queries in chunks of 2."""
+
+    batch: tuple[int, ...] = (2,)
+    queries: int = 5
+    keys: int = 7
+    heads: int = 4
+    kv_heads: int = 2
+    width: int = 8
+    v_width: int = 6
+    bias: Any = None  # a shape, or a function of the random generator
+    mask: Any = None  # a shape, or a Mask
+    scale: Any = None  # a number, or "heads"
+    cap: float | None = None
+    dtype: Any = jnp.float32
+    tolerance: float = 2e-5
+
+    def inputs(self) -> dict[str, Any]:
+        rng = np.random.default_rng(0)
+
+        def normal(*shape):
+            return jnp.asarray(rng.normal(size=shape), self.dtype)
+
+        scores = (*self.batch, self.heads, self.queries, self.keys)
+        arrays = {
+            "query": normal(*self.batch, self.queries, self.heads, self.width),
+            "key": normal(*self.batch, self.keys, self.kv_heads, self.width),
+            "value": normal(*self.batch, self.keys, self.kv_heads, self.v_width),
+            "bias": self.bias(rng) if callable(self.bias) else None if self.bias is None else normal(*self.bias),
+            "scale": jnp.linspace(0.2, 0.5, self.heads) if self.scale == "heads" else self.scale,
+            "d_out": normal(*self.batch, self.queries, self.heads, self.v_width),
+            "d_lse": jnp.asarray(rng.normal(size=scores[:-1]), jnp.float32),
+            "mask": self.mask,
+        }
+        if isinstance(self.mask, tuple):
+            arrays["mask"] = jnp.asarray(rng.random(self.mask) < 0.5)
+        return arrays
+
+
+def by_definition(inputs: dict[str, Any], cap: float | None) -> dict[str, np.ndarray]:
+    """Outputs and gradients of sum(d_out * out) + sum(d_lse * lse) over rows with a key, in float64."""
+    x = {name: np.asarray(a, np.float64) for name, a in inputs.items() if a is not None and name != "mask"}
+    q, k, v = x["query"], x["key"], x["value"]
+    *batch, num_queries, num_heads, width = q.shape
+    num_keys, kv_heads = k.shape[-3:-1]
+    repeats = num_heads // kv_heads
+    k, v = np.repeat(k, repeats, -2), np.repeat(v, repeats, -2)
+    scale = np.broadcast_to(x.get("scale", width**-0.5), (num_heads,))[:, None, None]
+    products = np.einsum("...nhd,...mhd->...hnm", q, k)
+    capped = scale * products
+    slope = 1.0
+    if cap is not None:
+        slope = 1 - np.tanh(capped / cap) ** 2
+        capped = cap * np.tanh(capped / cap)
+    scores = capped + x.get("bias", 0.0)
+    mask = inputs["mask"]
+    if isinstance(mask, Mask):
+        mask = mask.as_array(num_queries, num_keys)
+    allowed = np.broadcast_to(True if mask is None else np.asarray(mask), scores.shape)
+
+    top = np.where(allowed, scores, -np.inf).max(-1, keepdims=True)
+    mass = np.where(allowed, np.exp(np.where(allowed, scores - top, 0)), 0)
+    total = mass.sum(-1, keepdims=True)
+    weights = np.divide(mass, total, out=np.zeros_like(mass), where=total > 0)
+    with np.errstate(divide="ignore"):
+        lse = (top + np.log(total))[..., 0] if total.all() else np.where(total > 0, top + np.log(total), -np.inf)[..., 0]
+    out = np.einsum("...hnm,...mhd->...nhd", weights, v)
+
+    d_weights = np.einsum("...nhd,...mhd->...hnm", x["d_out"], v)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True) + x["d_lse"][..., None])
+    d_products = d_scores * slope * scale
+    d_key = np.einsum("...hnm,...nhd->...mhd", d_products, q)
+    d_value = np.einsum("...hnm,...nhd->...mhd", weights, x["d_out"])
+    result = {
+        "weights": weights,
+        "out": out,
+        "lse": lse,
+        "query": np.einsum("...hnm,...mhd->...nhd", d_products, k),
+        "key": d_key.reshape(*batch, num_keys, kv_heads, repeats, -1).sum(-2),
+        "value": d_value.reshape(*batch, num_keys, kv_heads, repeats, -1).sum(-2),
+    }
+    if "bias" in x:
+        result["bias"] = unbroadcast(d_scores, x["bias"].shape)
+    if "scale" in x:
+        result["scale"] = unbroadcast(d_scores * slope * products, (*x["scale"].shape, 1, 1)[-3:]).reshape(x["scale"].shape)
+    return result
+
+
+def unbroadcast(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    return x.sum(tuple(i for i, size in enumerate(shape) if size == 1), keepdims=True).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames=("cap", "variant"))
+def by_implementation(inputs: dict[str, Any], cap: float | None, variant: str) -> dict[str, jax.Array]:
+    differentiable = {n: inputs[n] for n in ("query", "key", "value", "bias", "scale") if inputs[n] is not None}
+
+    def attend(arrays):
+        return dot_product_attention(
+            **arrays, mask=inputs["mask"], logits_soft_cap=cap, return_lse=True, **VARIANTS[variant]
+        )
+
+    (out, lse), pull = jax.vjp(attend, differentiable)
+    return {"out": out, "lse": lse, **pull((inputs["d_out"], inputs["d_lse"]))[0]}
+
+
+def check(case: Case, variant: str) -> None:
+    inputs = case.inputs()
+    inputs["scale"] = None if inputs["scale"] is None else jnp.asarray(inputs["scale"])
+    wanted = by_definition(inputs, case.cap)
+    got = by_implementation(inputs, case.cap, variant)
+    assert got["out"].dtype == case.dtype
+    assert got["lse"].dtype == jnp.float32
+    for name, array in got.items():
+        np.testing.assert_allclose(
+            np.asarray(array, np.float64),
+            wanted[name],
+            rtol=case.tolerance,
+            atol=case.tolerance * max(1.0, np.abs(wanted[name][np.isfinite(wanted[name])]).max(initial=0)),
+            err_msg=name,
+        )
+    empty = np.isneginf(wanted["lse"])
+    np.testing.assert_array_equal(np.isneginf(got["lse"]), empty)
+    for name in ("out", "query"):
+        assert not np.swapaxes(got[name], -2, -3)[empty].any(), f"{name} of a row without keys is not zero"
+
+
+SHAPES = {
+    "heads of one kind": Case(kv_heads=4, v_width=8),
+    "one key head, no leading axes": Case(batch=(), kv_heads=1),
+    "two leading axes": Case(batch=(2, 3), heads=2),
+    "one query": Case(queries=1, mask=(2, 1, 1, 7)),
+    "one key": Case(keys=1, mask=(2, 4, 5, 1)),
+    "more queries than keys": Case(queries=9, keys=2, kv_heads=4),
+}
+SCORES = {
+    "bias and cap and scale a head": Case(bias=(4, 1, 7), cap=1.5, scale="heads", mask=(2, 1, 5, 7)),
+    "bias of full shape": Case(bias=(2, 4, 5, 7), scale=0.3),
+    "bias of one row": Case(bias=(7,)),
+    "bias of one column": Case(bias=(2, 1, 5, 1)),
+    "shifted by 200": Case(bias=lambda rng: jnp.array([200.0, -200.0, 0.0, 200.0])[:, None, None], tolerance=2e-4),
+    "one key shifted by -200": Case(bias=lambda rng: jnp.zeros(7).at[3].set(-200.0).at[5].set(200.0)),
+    "scaled by 100": Case(scale=100 * 8**-0.5, tolerance=2e-3),
+    "bias of -inf masks": Case(bias=lambda rng: jnp.where(jnp.asarray(rng.random((4, 5, 7))) < 0.6, -jnp.inf, 0.0)),
+    "bfloat16": Case(dtype=jnp.bfloat16, mask=(2, 1, 5, 7), tolerance=3e-2),
+}
+DENSE_MASKS = {
+    str(shape): Case(mask=shape)
+    for shape in [(), (7,), (5, 7), (5, 1), (4, 1, 7), (4, 5, 1), (2, 1, 1, 7), (2, 4, 1, 1), (2, 4, 5, 7)]
+}
+SEGMENTS = jnp.array([[0, 0, 1, 1, 2], [0, 1, 1, 1, 1]]), jnp.array([[0, 0, 1, 1, 1, 1, 3], [5, 1, 1, 0, 0, 0, 0]])
+MASKS = {
+    "padding": Case(mask=Mask(q_mask=jnp.arange(5) < 3, kv_mask=jnp.arange(7) < jnp.array([[4], [0]]))),
+    "causal": Case(mask=Mask.causal()),
+    "causal without keys": Case(mask=Mask.causal(-2)),
+    "causal with an offset for each entry": Case(mask=Mask.causal(jnp.array([2, -1]))),
+    "window": Case(mask=Mask.window(1, 2, offset=1)),
+    "segments": Case(mask=Mask.packed(*SEGMENTS)),
+    "all together": Case(
+        mask=Mask.causal(3)
+        & Mask.window(2, None)
+        & Mask.packed(*SEGMENTS)
+        & Mask(kv_mask=jnp.arange(7) != 4, dense=jnp.arange(4)[:, None, None] != 2),
+        bias=(4, 5, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+class TestExact:
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_shapes(self, variant, name):
+        check(SHAPES[name], variant)
+
+    @pytest.mark.parametrize("name", SCORES)
+    def test_scores(self, variant, name):
+        check(SCORES[name], variant)
+
+    @pytest.mark.parametrize("name", DENSE_MASKS)
+    def test_dense_masks(self, variant, name):
+        check(DENSE_MASKS[name], variant)
+
+    @pytest.mark.parametrize("name", MASKS)
+    def test_structured_masks(self, variant, name):
+        check(MASKS[name], variant)
+
+    def test_no_keys_at_all(self, variant):
+        query, nothing = jnp.ones((2, 3, 2, 4)), jnp.ones((2, 0, 2, 4))
+        out, lse = dot_product_attention(query, nothing, nothing, return_lse=True, **VARIANTS[variant])
+        assert not out.any()
+        assert jnp.isneginf(lse).all()
+
+    def test_dropout_pattern_and_rate(self, variant):
+        # With the identity as values the output is the matrix of dropped weights itself.
+        inputs = Case(queries=5, keys=7, v_width=7).inputs()
+        value = jnp.broadcast_to(jnp.eye(7)[:, None], (2, 7, 2, 7))
+        rng = jax.random.key(1)
+
+        def attend(query, variant, rate=0.3):
+            return dot_product_attention(
+                query, inputs["key"], value, dropout_rate=rate, dropout_rng=rng, **VARIANTS[variant]
+            )
+
+        out = attend(inputs["query"], variant)
+        weights = jnp.swapaxes(attention_weights(inputs["query"], inputs["key"]), 1, 2)
+        np.testing.assert_allclose(out, jnp.where(out == 0, 0, weights / 0.7), rtol=1e-5)
+        wanted, wanted_grad = jax.value_and_grad(lambda q: (attend(q, "reference") ** 2).sum())(inputs["query"])
+        got, grad = jax.value_and_grad(lambda q: (attend(q, variant) ** 2).sum())(inputs["query"])
+        np.testing.assert_array_equal(out == 0, attend(inputs["query"], "reference") == 0)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+        np.testing.assert_allclose(grad, wanted_grad, atol=1e-5)
+        # The pattern of a query does not depend on how many come after it.
+        np.testing.assert_array_equal(attend(inputs["query"][:, :3], variant) == 0, out[:, :3] == 0)
+
+
+def test_dropout_keep_rate_and_independence():
+    query = key = jnp.zeros((2, 64, 2, 1))
+    value = jnp.broadcast_to(jnp.eye(64)[:, None], (2, 64, 2, 64))
+    kept = dot_product_attention(query, key, value, dropout_rate=0.25, dropout_rng=jax.random.key(0)) > 0
+    # 16384 weights: five standard deviations of the kept share are 0.017; of an agreement of 0.625, 0.03.
+    assert abs(kept.mean() - 0.75) < 0.017
+    for other in (kept[::-1], kept[:, :, ::-1], jnp.roll(kept, 1, axis=1), jnp.roll(kept, 1, axis=3)):
+        assert abs((kept == other).mean() - 0.625) < 0.03
+    again = dot_product_attention(query, key, value, dropout_rate=0.25, dropout_rng=jax.random.key(1)) > 0
+    assert abs((kept == again).mean() - 0.625) < 0.03
+
+
+def test_attention_weights_are_those_of_the_definition():
+    case = SCORES["bias and cap and scale a head"]
+    inputs = case.inputs()
+    weights = attention_weights(
+        inputs["query"],
+        inputs["key"],
+        bias=inputs["bias"],
+        mask=inputs["mask"],
+        scale=inputs["scale"],
+        logits_soft_cap=case.cap,
+    )
+    wanted = by_definition(inputs, case.cap)["weights"]
+    np.testing.assert_allclose(weights, wanted, atol=1e-6)
+    sums = weights.sum(-1)
+    np.testing.assert_allclose(sums, wanted.sum(-1), atol=1e-6)
+    assert set(np.unique(sums.round(5))) == {0.0, 1.0}
+
+
+def test_content_of_masked_keys_does_not_matter():
+    inputs = Case().inputs()
+    mask = Mask(kv_mask=jnp.arange(7) < 4)
+    for variant in VARIANTS.values():
+        attend = functools.partial(dot_product_attention, inputs["query"], mask=mask, **variant)
+        clean = attend(inputs["key"], inputs["value"])
+        other = attend(inputs["key"].at[:, 4:].add(9.0), inputs["value"].at[:, 4:].add(-9.0))
+        np.testing.assert_array_equal(clean, other)
+
+
+def temp_bytes(implementation: str, num_keys: int, gradient: bool) -> int:
+    """Temporary memory of the ImageNet Perceiver's first cross-attention (512 latents, 224 x 224 pixels)."""
+
+    def loss(*arrays):
+        return dot_product_attention(*arrays, implementation=implementation).sum()
+
+    function = jax.grad(loss, (0, 1, 2)) if gradient else functools.partial(dot_product_attention, implementation=implementation)
+    query, key = (jax.ShapeDtypeStruct((1, length, 1, 261), jnp.float32) for length in (512, num_keys))
+    return jax.jit(function).lower(query, key, key).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_chunks_take_less_than_a_tenth_of_the_memory(gradient):
+    dense = temp_bytes("xla", 50176, gradient)
+    for num_keys in (50176, 50177):
+        assert temp_bytes("chunked", num_keys, gradient) < dense / 10
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "options", "wanted"),
+    [
+        (4096, 77, {}, "xla"),
+        (512, 50176, {}, "chunked"),
+        # Many queries of few keys: the scores are large, but a row of them is shorter than one chunk.
+        (50176, 512, {}, "xla"),
+        (16, 16, {"key_chunk_size": 4}, "chunked"),
+        (512, 50176, {"implementation": "xla"}, "xla"),
+        (16, 16, {"implementation": "reference"}, "reference"),
+    ],
+)
+def test_choice_of_implementation(monkeypatch, queries, keys, options, wanted):
+    chosen = []
+    for name, attend in IMPLEMENTATIONS.items():
+
+        def spy(*args, name=name, attend=attend, **kwargs):
+            chosen.append(name)
+            return attend(*args, **kwargs)
+
+        monkeypatch.setitem(IMPLEMENTATIONS, name, spy)
+    query, key = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (queries, keys))
+    jax.eval_shape(functools.partial(dot_product_attention, **options), query, key, key)
+    assert chosen == [wanted]
+
+
+def zeros(*shape):
+    return jnp.zeros(shape)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "message"),
+    [
+        ((zeros(5, 4, 8), zeros(7, 4, 6), zeros(7, 4, 6)), {}, "not 8 and 6"),
+        ((zeros(5, 4, 8), zeros(7, 3, 8), zeros(7, 3, 8)), {}, "4 query heads cannot share 3"),
+        ((zeros(5, 4, 8), zeros(7, 4, 8), zeros(6, 4, 8)), {}, r"key \(7, 4, 8\) and value \(6, 4, 8\)"),
+        ((zeros(2, 5, 4, 8), zeros(3, 7, 4, 8), zeros(3, 7, 4, 8)), {}, "same leading axes"),
+        ((zeros(5, 4, 8), zeros(1, 7, 4, 8), zeros(1, 7, 4, 8)), {}, "must all be"),
+        (None, {"implementation": "fused"}, "'fused': use reference, xla, chunked"),
+        (None, {"implementation": "xla", "key_chunk_size": 4}, "'xla' computes all scores at once"),
+        (None, {"key_chunk_size": 0}, "key_chunk_size is 0"),
+        (None, {"dropout_rate": 1.0}, "dropout_rate is 1.0"),
+        (None, {"dropout_rate": 0.1}, "dropout_rng is None"),
+        (None, {"mask": jnp.ones((2, 7), bool)}, r"mask \(2, 7\) does not broadcast to \(2, 4, 5, 7\).*kv_mask"),
+        (None, {"mask": Mask(kv_mask=jnp.ones((2, 5), bool))}, r"kv_mask \(2, 5\) does not broadcast to \(2, 7\)"),
+        (None, {"bias": zeros(3, 5, 7)}, r"bias \(3, 5, 7\)"),
+        (None, {"scale": zeros(2)}, r"scale \(2,\) must be one number, or one for each of 4 heads"),
+    ],
+)
+def test_errors_name_both_sizes(arrays, options, message):
+    # The annotations, which also catch the first five, are checked while tests run only.
+    attend = getattr(dot_product_attention, "__wrapped__", dot_product_attention)
+    with pytest.raises(ValueError, match=message):
+        attend(*(arrays or (zeros(2, 5, 4, 8), zeros(2, 7, 4, 8), zeros(2, 7, 4, 8))), **options)

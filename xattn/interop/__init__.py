@@ -1,0 +1,49 @@
+"""Weights in and out: state dicts of published code to models and variables, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from xattn import models
+from xattn.config import lookup
+from xattn.interop import qsformer
+
+KINDS = {
+    "qsformer": (qsformer.from_torch, qsformer.to_torch),
+    "qsformer-encoder": (qsformer.encoder_from_torch, qsformer.encoder_to_torch),
+}
+
+# Model: parameters of its published weights that no forward pass reads and that it leaves out, name to size.
+UNUSED = {
+    "qsformer": qsformer.released_parameters,
+}
+
+
+def from_torch(
+    kind: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray], **overrides: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and variables of published weights; the model reproduces the outputs of its source.
+
+    Args:
+      kind: a name in `KINDS`.
+      config: the source's own config as a plain dict (for "qsformer", the official command-line arguments).
+      state_dict: the source's names to numpy arrays.
+      **overrides: constructor keywords of the model that should differ from the source, such as attn_axis="tokens".
+
+    Raises:
+      UsageError: unknown kind, config key or keyword; missing, surplus or wrongly shaped tensors, each named.
+    """
+    return lookup(KINDS, kind, "kind of weights")[0](config, state_dict, **overrides)
+
+
+def to_torch(kind: str, config: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The source's state dict for `variables`: the inverse of `from_torch`, bit by bit."""
+    return lookup(KINDS, kind, "kind of weights")[1](config, variables)
+
+
+def unused_released(model_config: Mapping[str, Any]) -> dict[str, int]:
+    """Names and sizes of the parameters that published weights of this model hold but no forward pass reads."""
+    count = UNUSED.get(model_config["name"])
+    return count(models.build(model_config)) if count else {}

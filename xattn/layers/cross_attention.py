@@ -1,0 +1,295 @@
+"""Multi-head attention of one sequence over another, or over itself, as one Linen module."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Bool, Float
+
+from xattn.config import UsageError
+from xattn.ops.attention import Mask, additive_attention, attention_weights, dot_product_attention, dropout
+from xattn.ops.attention.additive import additive_scores
+from xattn.ops.attention.xla import softmax, weighted_sum
+
+Initializer = nn.initializers.Initializer
+
+
+class Projection(nn.Module):
+    """A linear map from the last axes of the input to `features`, with a logical name for each kernel axis.
+
+    Parameters `kernel` [*in, *features] and `bias` [*features], initialised as `nn.DenseGeneral`, which
+    itself names the axes of the flattened kernel and therefore cannot be initialised under a mesh.
+
+    Attributes:
+      features: shape of the output axes.
+      axes: logical names of the kernel's axes; those before `features` are contracted.
+      bias_axes: logical names of the bias's axes.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias_axes: tuple[str, ...]
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        contracted = len(self.axes) - len(self.features)
+        inputs = x.shape[-contracted:]
+
+        def kernel_init(rng, shape, dtype):
+            flat = (math.prod(inputs), math.prod(self.features))
+            return self.kernel_init(rng, flat, dtype).reshape(shape)
+
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(kernel_init, self.axes),
+            (*inputs, *self.features),
+            self.param_dtype,
+        )
+        bias = None
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(self.bias_init, self.bias_axes)
+            bias = self.param("bias", bias_init, self.features, self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x = jnp.tensordot(x, kernel, axes=contracted)
+        return x if bias is None else x + bias
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention:  out(concat_h softmax(q_h k_h^T / sqrt(D)) v_h)  (arXiv 1706.03762, 3.2.2).
+
+    `inputs_q` asks, `inputs_kv` answers; without `inputs_kv` (and `kv`) it is self-attention. The parameter
+    tree is that of `nn.MultiHeadDotProductAttention`: `query`, `key`, `value` with kernels [C, H, D] and
+    biases [H, D], `out` with kernel [H, Dv, C] and bias [C]; `query_ln`, `key_ln` with scale [D] if
+    `normalize_qk`; `energy` [H, D] if the score is additive.
+
+    The float32 weights before dropout are visible as `attention_weights` [*B, H, N, M]: sown into
+    `intermediates` if that collection is mutable, and passed through `self.perturb` if `perturbations` is
+    mutable or holds this module's entry. Otherwise the fused path runs and no weights need to exist.
+
+    Attributes:
+      num_heads: H.
+      num_kv_heads: G, heads of keys and values, each shared by H / G query heads; H by default.
+      qk_features: H * D, the width of all queries together; that of `inputs_q` by default.
+      v_features: H * Dv; `qk_features` by default.
+      out_features: width of the output; that of `inputs_q` by default.
+      dropout_rate: dropout of weights, with the rng collection "dropout".
+      use_bias: biases in `query`, `key` and `value`, and in `out` unless `out_bias` says otherwise.
+      out_bias: bias in `out`.
+      normalize_qk: LayerNorm without bias on each head of q and k (arXiv 2302.05442, 2).
+      logits_soft_cap: c in c tanh(s / c).
+      temperature: divides the scores.
+      score: "dot", or "additive" for energy . tanh(q + k) (arXiv 1409.0473, A.1.2).
+      attention: name of the implementation, see `dot_product_attention`; None picks the fastest.
+      dtype: of the computation; by default that to which inputs and parameters promote.
+      param_dtype: of the parameters.
+      kernel_init, bias_init: of `query`, `key`, `value`, `out`.
+      out_kernel_init: of `out`; `kernel_init` by default.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    qk_features: int | None = None
+    v_features: int | None = None
+    out_features: int | None = None
+    dropout_rate: float = 0.0
+    use_bias: bool = True
+    out_bias: bool | None = None
+    normalize_qk: bool = False
+    logits_soft_cap: float | None = None
+    temperature: float = 1.0
+    score: str = "dot"
+    attention: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    out_kernel_init: Initializer | None = None
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B N Cq"],
+        inputs_kv: Float[Array, "*B M Ckv"] | None = None,
+        *,
+        kv: tuple[Float[Array, "*B M G D"], Float[Array, "*B M G Dv"]] | None = None,
+        mask: Bool[Array, "..."] | Mask | None = None,
+        bias: Float[Array, "..."] | None = None,
+        q_mask: Bool[Array, "*B N"] | None = None,
+        kv_mask: Bool[Array, "*B M"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "*B N Cout"]:
+        """Attends from `inputs_q` to `inputs_kv`, to `kv`, or to itself.
+
+        Args:
+          inputs_q: [*B, N, Cq].
+          inputs_kv: [*B, M, Ckv].
+          kv: keys and values from `project_kv`, instead of `inputs_kv`.
+          mask: bool, broadcastable to [*B, H, N, M], True = may attend; or a `Mask`.
+          bias: added to the scores, broadcastable to [*B, H, N, M].
+          q_mask: [*B, N], False for queries that are padding (their output is that of no key: the bias).
+          kv_mask: [*B, M], False for keys that are padding.
+          deterministic: no dropout.
+
+        Returns:
+          [*B, N, Cout].
+
+        Raises:
+          UsageError: if heads do not divide a width, or both `inputs_kv` and `kv` are given.
+          ValueError: if shapes do not fit.
+        """
+        if inputs_kv is not None and kv is not None:
+            raise UsageError("CrossAttention got both inputs_kv and kv: pass one of them.")
+        parts = Mask(q_mask=q_mask, kv_mask=kv_mask)
+        if mask is not None:
+            parts = parts & (mask if isinstance(mask, Mask) else Mask(dense=mask))
+        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        return self._run(inputs_q, inputs_kv, kv, mask=parts, bias=bias, deterministic=deterministic)
+
+    def project_kv(
+        self, inputs_kv: Float[Array, "*B M Ckv"]
+    ) -> tuple[Float[Array, "*B M G D"], Float[Array, "*B M G Dv"]]:
+        """Keys and values of a context, to be computed once and passed to many calls as `kv`.
+
+        Raises:
+          UsageError: if `qk_features` is None, so that the width follows `inputs_q`, and there are no
+            parameters yet that would tell it.
+        """
+        return self._run(None, inputs_kv)
+
+    # Flax allows one compact method: __call__ runs it to the end, project_kv leaves after the keys and values.
+    @nn.compact
+    def _run(
+        self,
+        inputs_q: Any,
+        inputs_kv: Any,
+        kv: Any = None,
+        *,
+        mask: Mask | None = None,
+        bias: Any = None,
+        deterministic: bool = True,
+    ) -> Any:
+        if self.score not in ("dot", "additive"):
+            raise UsageError(f"score is '{self.score}': use 'dot' or 'additive'.")
+        if self.score == "additive" and self.attention is not None:
+            raise UsageError(f"attention '{self.attention}' has no additive score: leave attention None.")
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % num_kv_heads:
+            raise UsageError(
+                f"num_kv_heads {num_kv_heads} does not divide num_heads {self.num_heads}: choose a divisor."
+            )
+        width = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        in_axes, bias_axes = ("embed", "heads", "kv"), ("heads", "kv")
+
+        def project(name: str, x: jax.Array, heads: int, head_width: int) -> jax.Array:
+            x = Projection(
+                (heads, head_width),
+                in_axes,
+                bias_axes,
+                use_bias=self.use_bias,
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                name=name,
+                **width,
+            )(x)
+            if self.normalize_qk and name != "value":
+                scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+                x = nn.LayerNorm(use_bias=False, scale_init=scale_init, name=f"{name}_ln", **width)(x)
+            return _constrain(x, "length", "act_heads", "act_kv")
+
+        qk_width, v_width = self._head_widths(inputs_q)
+        if kv is None:
+            kv = (
+                project("key", inputs_kv, num_kv_heads, qk_width),
+                project("value", inputs_kv, num_kv_heads, v_width),
+            )
+        if inputs_q is None:
+            return kv
+        query = project("query", inputs_q, self.num_heads, qk_width)
+
+        energy = None
+        if self.score == "additive":
+            energy = self.param(
+                "energy",
+                nn.with_logical_partitioning(nn.initializers.lecun_normal(in_axis=-1, out_axis=-2), bias_axes),
+                (self.num_heads, qk_width),
+                self.param_dtype,
+            )
+        key, value = kv
+        out = self._attend(query, key, value, energy, mask=mask, bias=bias, deterministic=deterministic)
+
+        out = Projection(
+            (self.out_features or inputs_q.shape[-1],),
+            ("heads", "kv", "embed"),
+            ("norm",),
+            use_bias=self.use_bias if self.out_bias is None else self.out_bias,
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.bias_init,
+            name="out",
+            **width,
+        )(out)
+        return _constrain(out, "length", "act_embed")
+
+    def _attend(
+        self, query: Any, key: Any, value: Any, energy: Any, *, mask: Any, bias: Any, deterministic: bool
+    ) -> Any:
+        scores = {
+            "mask": mask,
+            "bias": bias,
+            "scale": (query.shape[-1] ** -0.5 if energy is None else 1.0) / self.temperature,
+            "logits_soft_cap": self.logits_soft_cap,
+        }
+        rate = 0.0 if deterministic else self.dropout_rate
+        rng = self.make_rng("dropout") if rate else None
+
+        name = "attention_weights"
+        perturbed = self.is_mutable_collection("perturbations") or self.has_variable("perturbations", name)
+        observed = self.is_mutable_collection("intermediates") or perturbed
+        if observed and not self.is_initializing():
+            if energy is None:
+                weights = attention_weights(query, key, **scores)
+            else:
+                weights = softmax(additive_scores(query, key, energy, **scores))[0]
+            self.sow("intermediates", name, weights)
+            if perturbed:
+                weights = self.perturb(name, weights)
+            if rng is not None:
+                weights = dropout.drop_all(weights, rng, rate)
+            return weighted_sum(weights, value)
+
+        scores |= {"dropout_rate": rate, "dropout_rng": rng}
+        if energy is None:
+            return dot_product_attention(query, key, value, implementation=self.attention, **scores)
+        return additive_attention(query, key, value, energy, **scores)
+
+    def _head_widths(self, inputs_q: Any) -> tuple[int, int]:
+        """D and Dv, from the fields, the width of `inputs_q`, or the parameters that exist."""
+        qk_features = self.qk_features
+        if qk_features is None and inputs_q is not None:
+            qk_features = inputs_q.shape[-1]
+        if qk_features is None:
+            if not self.has_variable("params", "key"):
+                raise UsageError("project_kv cannot know the width of the keys: set qk_features.")
+            kernel = meta.unbox(self.get_variable("params", "key"))["kernel"]
+            qk_features = self.num_heads * kernel.shape[-1]
+        v_features = self.v_features or qk_features
+        for name, features in (("qk_features", qk_features), ("v_features", v_features)):
+            if features % self.num_heads:
+                raise UsageError(
+                    f"{name} {features} is not divisible by num_heads {self.num_heads}: change one of them."
+                )
+        return qk_features // self.num_heads, v_features // self.num_heads
+
+
+def _constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Names the last axes of an activation, and its first one "batch" if there are leading axes."""
+    leading = x.ndim - len(axes)
+    batch = ("batch",) + (None,) * (leading - 1) if leading else ()
+    return nn.with_logical_constraint(x, batch + axes)

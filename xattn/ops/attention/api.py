@@ -1,0 +1,178 @@
+"""The one public attention function: checks its arguments and picks an implementation."""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from xattn.ops.attention import chunked, reference, xla
+from xattn.ops.attention.masks import Mask
+
+IMPLEMENTATIONS = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+    "chunked": chunked.attend,
+}
+
+CHUNKED_ABOVE = 2**26
+"""Bytes of the float32 score matrix (all batch entries and heads) above which chunks are used."""
+
+
+def dot_product_attention(
+    query: Float[Array, "*B N H D"],
+    key: Float[Array, "*B M G D"],
+    value: Float[Array, "*B M G Dv"],
+    *,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Mask | None = None,
+    scale: float | Float[Array, "..."] | None = None,
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    query_chunk_size: int | None = None,
+    key_chunk_size: int | None = None,
+) -> Float[Array, "*B N H Dv"] | tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
+    """Attention of N queries over M keys: softmax(mask(cap(scale q k^T) + bias)) v  (arXiv 1706.03762, 3.2.1).
+
+    The order is scale, soft cap, bias, mask, softmax in float32, dropout. A query that may attend to no key
+    gives a zero output, a zero gradient and a log-sum-exp of -inf.
+
+    Args:
+      query: [*B, N, H, D].
+      key: [*B, M, G, D]; G divides H, and query head h reads key head h // (H / G).
+      value: [*B, M, G, Dv].
+      bias: added to the scores; broadcastable to [*B, H, N, M].
+      mask: bool array broadcastable to [*B, H, N, M], True = may attend, or a `Mask`, which is only made
+        into an array where it is needed.
+      scale: factor on q k^T, a number or an array [] or [H]; D**-0.5 by default. Differentiable.
+      logits_soft_cap: c in c tanh(s / c), which bounds the scores before bias and mask.
+      dropout_rate: probability of a weight to become 0; the others are divided by 1 - rate.
+      dropout_rng: key for dropout. What drops depends on this key and on the (batch, head, query, key)
+        index alone, so it is the same in every implementation.
+      return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
+      implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given, or if the
+        float32 scores are larger than `CHUNKED_ABOVE` (64 MiB) and M is more than one key chunk (1024);
+        otherwise "xla", which is faster there.
+      query_chunk_size: queries in a block of "chunked".
+      key_chunk_size: keys in a block of "chunked".
+
+    Returns:
+      Output [*B, N, H, Dv] in the dtype of `value`; with `return_lse` also float32 [*B, H, N].
+
+    Raises:
+      ValueError: if shapes do not fit, a name is unknown, or the named implementation cannot serve.
+    """
+    mask = checked_mask(query, key, value, bias, mask, scale, dropout_rate, dropout_rng)
+    sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if implementation is None:
+        implementation = _fastest(query, key, bool(sizes))
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)}.")
+    if sizes and implementation != "chunked":
+        raise ValueError(
+            f"Implementation '{implementation}' computes all scores at once and takes no "
+            f"{' or '.join(sizes)}: use implementation='chunked' or leave it out."
+        )
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1.")
+
+    out, lse = IMPLEMENTATIONS[implementation](
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        **sizes,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    query: Float[Array, "*B N H D"],
+    key: Float[Array, "*B M G D"],
+    *,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Mask | None = None,
+    scale: float | Float[Array, "..."] | None = None,
+    logits_soft_cap: float | None = None,
+) -> Float[Array, "*B H N M"]:
+    """The float32 weights [*B, H, N, M] of `dot_product_attention`, before dropout.
+
+    Every row sums to 1, or to 0 where no key may be attended to. Arguments and errors are those of
+    `dot_product_attention`.
+    """
+    mask = checked_mask(query, key, key, bias, mask, scale)
+    scores = xla.dot_scores(
+        query,
+        key,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        bias=bias,
+        mask=None if mask is None else mask.as_array(query.shape[-3], key.shape[-3]),
+        logits_soft_cap=logits_soft_cap,
+    )
+    return xla.softmax(scores)[0]
+
+
+def checked_mask(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    scale: Any,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+) -> Mask | None:
+    """Raises ValueError unless the arguments of an attention function fit; returns the mask as a `Mask`."""
+    q, k, v = query.shape, key.shape, value.shape
+    if not len(q) == len(k) == len(v) >= 3:
+        raise ValueError(f"query {q}, key {k} and value {v} must all be [*B, length, heads, width].")
+    if not q[:-3] == k[:-3] == v[:-3]:
+        raise ValueError(f"query {q}, key {k} and value {v} must have the same leading axes.")
+    if k[-3:-1] != v[-3:-1]:
+        raise ValueError(f"key {k} and value {v} must have the same length and heads.")
+    if q[-1] != k[-1]:
+        raise ValueError(f"query {q} and key {k} must have heads of one width, not {q[-1]} and {k[-1]}.")
+    if q[-2] % k[-2]:
+        raise ValueError(f"{q[-2]} query heads cannot share {k[-2]} key heads: make it a divisor.")
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"dropout_rate is {dropout_rate}: give a number from 0 up to, but not including, 1.")
+    if dropout_rate and dropout_rng is None:
+        raise ValueError(f"dropout_rate is {dropout_rate} but dropout_rng is None: pass a key or rate 0.")
+    if np.shape(scale) not in ((), (q[-2],)):
+        raise ValueError(f"scale {np.shape(scale)} must be one number, or one for each of {q[-2]} heads.")
+
+    if mask is not None and not isinstance(mask, Mask):
+        mask = Mask(dense=mask)
+    scores = (*q[:-3], q[-2], q[-3], k[-3])
+    fits = [("bias", bias, scores)]
+    if mask is not None:
+        queries, keys = (*q[:-3], q[-3]), (*q[:-3], k[-3])
+        fits += [("mask", mask.dense, scores), ("q_mask", mask.q_mask, queries), ("kv_mask", mask.kv_mask, keys)]
+        for q_segments, kv_segments in mask.segments:
+            fits += [("q_segments", q_segments, queries), ("kv_segments", kv_segments, keys)]
+    for name, array, shape in fits:
+        if array is not None and not _broadcasts(array.shape, shape):
+            hint = "; padding of the keys is Mask(kv_mask=...)" if name == "mask" else ""
+            raise ValueError(f"{name} {array.shape} does not broadcast to {shape}{hint}.")
+    return mask
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def _fastest(query: Any, key: Any, chunk_sizes: bool) -> str:
+    *batch, num_queries, num_heads, _ = query.shape
+    score_bytes = 4 * math.prod(batch) * num_heads * num_queries * key.shape[-3]
+    large = score_bytes > CHUNKED_ABOVE and key.shape[-3] > chunked.KEY_CHUNK
+    return "chunked" if chunk_sizes or large else "xla"

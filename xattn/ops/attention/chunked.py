@@ -1,0 +1,194 @@
+"""Attention in blocks of the score matrix: exact, and the whole matrix never exists.
+
+Forward: the results over chunks of keys are joined by `merge` (online softmax). Backward: each block is
+computed again from the log-sum-exp, so nothing of size [N, M] is kept (arXiv 2205.14135, section 3). Chunks
+are sliced from the arrays as given, without padding; a last, shorter chunk has its own static shape.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from xattn.ops.attention import dropout
+from xattn.ops.attention.masks import Mask, take
+from xattn.ops.attention.merge import merge
+from xattn.ops.attention.xla import dot_scores, softmax, weighted_sum
+
+KEY_CHUNK = 1024
+BLOCK_BYTES = 2**26
+
+
+class _Settings(NamedTuple):
+    query_chunk: int
+    key_chunk: int
+    logits_soft_cap: float | None
+    dropout_rate: float
+
+    def scores(self, q: Any, k: Any, scale: Any, bias: Any, mask: Any) -> jax.Array:
+        return dot_scores(q, k, scale=scale, bias=bias, mask=mask, logits_soft_cap=self.logits_soft_cap)
+
+    def drop(self, weights: jax.Array, rows: Any, columns: jax.Array) -> jax.Array:
+        return weights if rows is None else dropout.drop(weights, rows, columns, self.dropout_rate)
+
+
+def attend(
+    query: Float[Array, "*B N H D"],
+    key: Float[Array, "*B M G D"],
+    value: Float[Array, "*B M G Dv"],
+    *,
+    bias: Float[Array, "..."] | None,
+    mask: Mask | None,
+    scale: Any,
+    logits_soft_cap: float | None,
+    dropout_rate: float,
+    dropout_rng: Any,
+    query_chunk_size: int | None = None,
+    key_chunk_size: int | None = None,
+) -> tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
+    """`dot_product_attention` in memory O(N + M + block).
+
+    A block is query_chunk_size x key_chunk_size scores for every batch entry and head. The defaults are
+    1024 keys and as many queries as keep the float32 block within 64 MiB, at least 128. Differentiable in
+    reverse mode only.
+    """
+    *batch, num_queries, num_heads, _ = query.shape
+    key_chunk = max(1, min(key_chunk_size or KEY_CHUNK, key.shape[-3]))
+    if query_chunk_size is None:
+        row_bytes = 4 * key_chunk * num_heads * math.prod(batch)
+        query_chunk_size = max(128, BLOCK_BYTES // row_bytes)
+    scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
+    rows = dropout.row_keys(dropout_rng, (*batch, num_heads, num_queries)) if dropout_rate else None
+    settings = _Settings(min(query_chunk_size, num_queries), key_chunk, logits_soft_cap, dropout_rate)
+    bias = None if bias is None else jnp.atleast_2d(bias)
+    return _attend(settings, query, key, value, scale, bias, mask, rows)
+
+
+def _chunks(length: int, size: int, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
+    """`carry = body(carry, start, width)` over [0, length) in steps of `size`."""
+    full, rest = divmod(length, size)
+    if full == 1:
+        carry = body(carry, 0, size)
+    elif full:
+        carry = lax.fori_loop(0, full, lambda i, carry: body(carry, i * size, size), carry)
+    return body(carry, full * size, rest) if rest else carry
+
+
+def _put(x: jax.Array, update: jax.Array, start: Any, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), start, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    settings: _Settings, query: Any, key: Any, value: Any, scale: Any, bias: Any, mask: Any, rows: Any
+) -> tuple[jax.Array, jax.Array]:
+    *batch, num_queries, num_heads, _ = query.shape
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+
+    def query_chunk(carry, n, height):
+        out, lse = carry
+        q = take(query, n, height, -3)
+
+        def key_chunk(partial, m, width):
+            k, v = (take(x, m, width, -3) for x in (key, value))
+            block = _block(bias, mask, rows, n, height, m, width)
+            weights, lse = softmax(settings.scores(q, k, scale, block.bias, block.mask))
+            weights = settings.drop(weights, block.rows, block.columns)
+            return merge(partial, (weighted_sum(weights, v, dtype), lse))
+
+        nothing = (
+            jnp.zeros((*batch, height, num_heads, value.shape[-1]), dtype),
+            jnp.full((*batch, num_heads, height), -jnp.inf, dtype),
+        )
+        chunk_out, chunk_lse = _chunks(key.shape[-3], settings.key_chunk, key_chunk, nothing)
+        return _put(out, chunk_out, n, -3), _put(lse, chunk_lse, n, -1)
+
+    empty = (
+        jnp.zeros((*batch, num_queries, num_heads, value.shape[-1]), value.dtype),
+        jnp.zeros((*batch, num_heads, num_queries), dtype),
+    )
+    return _chunks(num_queries, settings.query_chunk, query_chunk, empty)
+
+
+class _Block(NamedTuple):
+    """What belongs to one block of scores besides its queries and keys."""
+
+    bias: Any
+    mask: Any
+    rows: Any
+    columns: jax.Array
+
+
+def _block(bias: Any, mask: Any, rows: Any, n: Any, height: int, m: Any, width: int) -> _Block:
+    return _Block(
+        None if bias is None else take(take(bias, n, height, -2), m, width, -1),
+        None if mask is None else mask.block(n, height, m, width),
+        None if rows is None else tuple(take(x, n, height, -1) for x in rows),
+        m + jnp.arange(width),
+    )
+
+
+def _forward(settings: _Settings, *inputs: Any) -> tuple[Any, Any]:
+    outputs: Any = _attend(settings, *inputs)
+    return outputs, (*inputs, *outputs)
+
+
+def _backward(settings: _Settings, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
+    query, key, value, scale, bias, mask, rows, out, lse = residuals
+    d_out, d_lse = cotangents
+    # With p = exp(s - lse):  ds = p (d_out v^T - d_out o + d_lse). A row without keys has p = 0 throughout.
+    shift = d_lse - jnp.einsum("...nhd,...nhd->...hn", d_out, out, preferred_element_type=lse.dtype)
+    some = jnp.isfinite(lse)
+    lse, shift = jnp.where(some, lse, 0), jnp.where(some, shift, 0)
+
+    def key_chunk(carry, m, width):
+        d_query, d_key, d_value, d_scale, d_bias = carry
+        k, v = (take(x, m, width, -3) for x in (key, value))
+
+        def query_chunk(carry, n, height):
+            d_query, d_k, d_v, d_scale, d_bias = carry
+            block = _block(bias, mask, rows, n, height, m, width)
+
+            def contribution(q, k, v, scale, bias):
+                scores = settings.scores(q, k, scale, bias, block.mask)
+                weights = jnp.exp(scores - take(lse, n, height, -1)[..., None])
+                dropped = settings.drop(weights, block.rows, block.columns)
+                return weighted_sum(dropped, v, lse.dtype), jnp.sum(weights, axis=-1)
+
+            q, d_o = (take(x, n, height, -3) for x in (query, d_out))
+            _, pull = jax.vjp(contribution, q, k, v, scale, block.bias)
+            d_q, d_k_part, d_v_part, d_s, d_b = pull((d_o.astype(lse.dtype), take(shift, n, height, -1)))
+            d_query = _put(d_query, take(d_query, n, height, -3) + d_q, n, -3)
+            d_bias = None if d_bias is None else _add_block(d_bias, d_b, n, m)
+            return d_query, d_k + d_k_part, d_v + d_v_part, d_scale + d_s, d_bias
+
+        zeros = (jnp.zeros(k.shape, lse.dtype), jnp.zeros(v.shape, lse.dtype))
+        d_query, d_k, d_v, d_scale, d_bias = _chunks(
+            query.shape[-3], settings.query_chunk, query_chunk, (d_query, *zeros, d_scale, d_bias)
+        )
+        return d_query, _put(d_key, d_k, m, -3), _put(d_value, d_v, m, -3), d_scale, d_bias
+
+    carry = (
+        jnp.zeros(query.shape, lse.dtype),
+        jnp.zeros_like(key),
+        jnp.zeros_like(value),
+        jnp.zeros_like(scale),
+        None if bias is None else jnp.zeros(bias.shape, lse.dtype),
+    )
+    d_query, d_key, d_value, d_scale, d_bias = _chunks(key.shape[-3], settings.key_chunk, key_chunk, carry)
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    return d_query.astype(query.dtype), d_key, d_value, d_scale, d_bias, None, None
+
+
+def _add_block(x: jax.Array, update: jax.Array, n: Any, m: Any) -> jax.Array:
+    """Adds to a block of an array whose last two axes may broadcast."""
+    start = [0] * (x.ndim - 2) + [n if x.shape[-2] > 1 else 0, m if x.shape[-1] > 1 else 0]
+    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, update.shape) + update, start)
+
+
+_attend.defvjp(_forward, _backward)
