@@ -6,11 +6,12 @@ BIN = $(VENV)/bin
 PINS = $(shell $(PYTHON) -c 'import sys; print("requirements/python3.11.txt" if sys.version_info < (3, 12) else "requirements/python3.12.txt")')
 STAMP = $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: help install train test drill lint colabs parity-env parity clean
+.PHONY: help install train test test-fast drill lint colabs parity-env parity clean
 
 help:
 	@echo "make train    install, train QSFormer and ProtoNet on glyphs, compare them (minutes on two cores)"
 	@echo "make test     install, run the whole test suite"
+	@echo "make test-fast  the same without the slow tests"
 	@echo "make drill    kill a run at 20 random moments and check that nothing changes"
 	@echo "make lint     ruff and pyright"
 	@echo "make colabs   run the notebooks from top to bottom"
@@ -31,6 +32,9 @@ train: install
 test: install
 	$(BIN)/pytest -n 2 --dist worksteal -q
 
+test-fast: install
+	$(BIN)/pytest -n 2 --dist worksteal -q -m 'not slow and not parity'
+
 drill: install
 	$(BIN)/python tests/train/drill.py --runs=20
 
@@ -40,8 +44,7 @@ lint: install
 	$(BIN)/pyright
 
 colabs: install
-	$(BIN)/jupytext --sync --quiet colabs/*.py
-	for notebook in colabs/*.ipynb; do $(BIN)/python colabs/run.py $$notebook || exit 1; done
+	JAX_PLATFORMS=cpu $(BIN)/python colabs/check.py
 
 parity-env:
 	$(PYTHON) -m venv .venv-parity

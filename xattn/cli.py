@@ -66,6 +66,8 @@ def _parse(
     if values.cache_dir:
         os.environ["XATTN_CACHE"] = values.cache_dir
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return values, name, config
 
 

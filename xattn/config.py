@@ -9,10 +9,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+
+if TYPE_CHECKING:
+    Config = Any  # the attributes of a ConfigDict have no static types
+else:
+    Config = ConfigDict
 
 # Keys that may change when a run is continued: they do not alter the steps already taken.
 RESUMABLE = ("num_steps", "mesh", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code")
@@ -22,15 +27,23 @@ class UsageError(ValueError):
     """Something that the user can put right; the command line prints its sentence and exits with 2."""
 
 
-def check_keys(keys: Iterable[str], constructor: Callable, where: str) -> None:
+def check_keys(keys: Iterable[str], constructor: Callable, where: str, also: Sequence[str] = ()) -> None:
     """Raises `UsageError` if a key is not a keyword of `constructor`, naming the nearest one.
 
     Args:
       keys: the keys that a config gives.
-      constructor: a class or function; its keyword arguments are what may be given.
+      constructor: a class or function; its keyword arguments are what may be given (positional-only
+        ones are what the program itself passes).
       where: the config path to name in the message, such as `model.encoder`.
+      also: further keys that may be given.
     """
-    known = [name for name in inspect.signature(constructor).parameters if name not in ("parent", "name")]
+    known = [*also]
+    known += [
+        parameter.name
+        for parameter in inspect.signature(constructor).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in ("parent", "name")
+    ]
     for key in keys:
         if key not in known:
             raise UsageError(f"{where} has no key '{key}': {_nearest(key, known)}")
@@ -52,7 +65,7 @@ def cache_dir() -> Path:
     """The one folder for caches: `XATTN_CACHE`, else the platform's cache folder."""
     if folder := os.environ.get("XATTN_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xattn"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xattn"
 
 
 def configs_dir() -> Path:
@@ -78,7 +91,7 @@ def config_path(name: str) -> Path:
     raise UsageError(f"there is no config '{name}': {_nearest(name, names)}")
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str) -> Config:
     """The config `NAME` or `NAME:VARIANT` (a file's path or one of `config_names()`), its keys locked.
 
     Raises:
@@ -100,7 +113,7 @@ def check_variant(arg: str, allowed: Sequence[str]) -> str:
     return arg
 
 
-def parse_config(argv: Sequence[str]) -> tuple[str, ConfigDict, list[str]]:
+def parse_config(argv: Sequence[str]) -> tuple[str, Config, list[str]]:
     """Takes `--config=NAME:VARIANT` and its overrides `--config.key=value` out of a command line.
 
     Returns `NAME:VARIANT`, the config, and the arguments that are left.
@@ -112,26 +125,45 @@ def parse_config(argv: Sequence[str]) -> tuple[str, ConfigDict, list[str]]:
     arguments = iter(argv)
     for argument in arguments:
         if re.match(r"--?config(=|$)", argument):
-            name = argument.partition("=")[2] or next(arguments, "")
+            name = argument.partition("=")[2] if "=" in argument else next(arguments, "")
         elif re.match(r"--?config\.", argument):
-            overrides.append(argument)
-            if "=" not in argument:
-                overrides.append(next(arguments, ""))
+            key, equals, value = argument.partition("=")
+            # absl would take `--config.flag false` for `--config.flag`, which is true.
+            value = value if equals else next(arguments, "--")
+            if not equals and value.startswith("--"):
+                raise UsageError(f"{key} has no value: write {key}=VALUE.")
+            overrides.append(f"{key}={value}")
         else:
             rest.append(argument)
     if not name:
         raise UsageError("give --config=NAME; `xattn list` shows the names.")
     config = load_config(name)
+    defaults = config.to_dict()
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
         values(["xattn", *overrides])
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(_override_message(error, overrides, config)) from error
+    _check_tuples(defaults, config.to_dict(), "config")
     return name, config, rest
 
 
-def _override_message(error: Exception, overrides: Sequence[str], config: ConfigDict) -> str:
+def _check_tuples(before: Any, after: Any, where: str) -> None:
+    """A tuple may change its length but not what it holds, which config_flags does not check."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before.keys() & after.keys():
+            _check_tuples(before[key], after[key], f"{where}.{key}")
+    elif isinstance(before, tuple) and isinstance(after, tuple) and before:
+        allowed = {type(entry) for entry in before}
+        allowed |= {int} if float in allowed else set()
+        for entry in after:
+            if type(entry) not in allowed:
+                names = " or ".join(sorted(kind.__name__ for kind in allowed))
+                raise UsageError(f"{where} got {entry!r}: give {names} values, such as {','.join(map(str, before))}.")
+
+
+def _override_message(error: Exception, overrides: Sequence[str], config: Config) -> str:
     for override in overrides:
         path = override.partition("=")[0].lstrip("-").partition(".")[2]
         node: Any = config
@@ -139,17 +171,19 @@ def _override_message(error: Exception, overrides: Sequence[str], config: Config
             if not isinstance(node, ConfigDict) or key not in node:
                 where = ".".join(["config", *path.split(".")[:depth]])
                 known = list(node) if isinstance(node, ConfigDict) else []
-                return f"{where} has no key '{key}': {_nearest(key, known) if known else 'it is a value.'}"
+                return f"{where} has no key '{key}': {_nearest(key, known) if known else 'it has no keys.'}"
             node = node[key]
+        if node is None or isinstance(node, list):
+            return f"config.{path} is {node} and has no type that a value could be read as: change it in a config file."
     return " ".join(str(error.args[0] if error.args else error).split())
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: Config) -> str:
     """The resolved config as JSON with sorted keys: what is written to a workdir and hashed."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str) -> Config:
     """The config that `to_json` wrote (JSON has no tuples: sequences come back as tuples)."""
 
     def restore(value: Any) -> Any:
@@ -160,12 +194,12 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(restore(json.loads(text)))
 
 
-def config_hash(config: ConfigDict) -> str:
+def config_hash(config: Config) -> str:
     """Twelve hex digits of the resolved config's SHA-256."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
 
 
-def differing_keys(old: ConfigDict, new: ConfigDict) -> list[str]:
+def differing_keys(old: Config, new: Config) -> list[str]:
     """Dotted keys in which two configs differ, apart from those that a continued run may change."""
 
     def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -180,6 +214,7 @@ def differing_keys(old: ConfigDict, new: ConfigDict) -> list[str]:
     keys = sorted(before.keys() | after.keys())
     missing = object()
     return [
-        key for key in keys
+        key
+        for key in keys
         if key.split(".")[0] not in RESUMABLE and before.get(key, missing) != after.get(key, missing)
     ]

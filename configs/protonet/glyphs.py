@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
             data=dict(name="glyphs", jitter="strong"),
             pipeline=dict(name="episodes", ways=20, shots=1, queries=5, batch_size=1),
             optimizer=dict(
-                name="adam", learning_rate=1e-3, schedule=dict(name="cosine", warmup_steps=10), clip_norm=3.0
+                name="adam", learning_rate=2e-3, schedule=dict(name="cosine", warmup_steps=10), clip_norm=3.0
             ),
             num_steps=300,
             accumulate_steps=1,
@@ -45,5 +45,11 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     )
     if arg == "smoke":
-        config.update(dict(num_steps=4, log_every=1))
+        few = dict(ways=5, queries=2, num_episodes=8)
+        config.model.encoder.widths = (8, 8, 8, 8)
+        config.pipeline.update(ways=5, queries=2)
+        config.validation.update(few, every=4)
+        config.evals = {"5way_1shot": episodes | few}
+        config.update(num_steps=8, log_every=1)
+        config.checkpoint.every = 2
     return config

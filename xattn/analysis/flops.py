@@ -14,7 +14,10 @@ from jax.extend import core
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> Counter[str]:
-    """FLOPs of `function(*args)` by Linen module path ("" for work outside a module).
+    """FLOPs of `function(*args)` by JAX's name stack ("" for work outside a module).
+
+    A stack is the class of the outermost module and the names of its submodules, such as
+    "QSFormer/encoder/conv_3", with names of methods other than `__call__` and equations of einsum between.
 
     Args:
       function: anything that jax can trace; it is not run.
@@ -44,7 +47,8 @@ def _count(jaxpr: core.Jaxpr, times: int, outer: str, counts: Counter[str]) -> N
             counts[where] += times * 2 * inner * math.prod(eqn.outvars[0].aval.shape)  # pyright: ignore
         elif name == "while":
             body: Counter[str] = Counter()
-            _count(eqn.params["body_jaxpr"].jaxpr, 1, where, body)
+            for part in ("cond_jaxpr", "body_jaxpr"):
+                _count(eqn.params[part].jaxpr, 1, where, body)
             if body.total():
                 raise ValueError(f"{where} has a loop of unknown length around {body.total()} FLOPs.")
         elif name == "cond":

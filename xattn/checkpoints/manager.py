@@ -1,13 +1,17 @@
 """Saving and restoring a run with Orbax: the only place that imports it.
 
-A step's folder holds four items: `model` (parameters, running statistics and their moving average: all
-that inference needs), `training` (optimizer state and counters), `meta` (format version, configuration
-hash, checksums) and, where validation ran, `metrics`. Saves are asynchronous; a folder appears under its
-final name only when it is complete. Every array has a checksum, which restore verifies.
+A step's folder holds three items: `model` (parameters, running statistics and their moving average: all
+that inference needs), `training` (optimizer state and counters) and `meta` (format version, configuration
+hash, validation metrics, shapes and checksums). Saves are asynchronous; a folder appears under its final
+name only when it is complete. Every array, and `meta` itself, has a checksum, which restore verifies.
 """
 
+import contextlib
+import json
+import math
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jaxtyping import Array, UInt32
 
-from xattn.config import UsageError
+from xattn.config import UsageError, lookup
 
 FORMAT_VERSION = 1
 
@@ -33,25 +37,17 @@ class Checkpoints:
     Args:
       workdir: the run's folder; checkpoints go to `checkpoints/<step>/`.
       keep: how many of the latest to keep; the best by `metric` is kept besides.
-      metric: the validation metric whose largest value is best, or None.
+      metric: the validation metric whose largest value is best (the later one of two equals), or None.
       read_only: never create or clean anything, as when a finished run is loaded.
     """
 
     def __init__(self, workdir: Path, keep: int = 2, metric: str | None = None, read_only: bool = False):
-        managers = ocp.checkpoint_managers
-        policies: list[Any] = [managers.LatestN(keep)]
-        if metric is not None:
-            policies.append(
-                managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric], n=1, keep_checkpoints_without_metrics=False
-                )
-            )
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.metric = metric
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=managers.AnyPreservationPolicy(policies),
+                preservation_policy=_Preserve(lambda steps: {*steps[-keep:], self._best(steps)}),
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
             ),
@@ -61,6 +57,10 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
+        self._scores: dict[int, float] = {}
+        for step in self.steps():
+            with contextlib.suppress(DamagedCheckpoint):  # found again, and told, when it is restored
+                self._note_score(step, self._meta(step).get("metrics", {}))
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
@@ -68,12 +68,16 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the largest validation metric, or None where none was recorded."""
-        scores = {}
-        for step in self.steps():
-            metrics = self._manager.metrics(step)
-            if self.metric is not None and metrics and self.metric in metrics:
-                scores[step] = metrics[self.metric]
-        return max(scores, key=lambda step: (scores[step], step)) if scores else None
+        return self._best(self.steps())
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        scored = [step for step in steps if step in self._scores]
+        return max(scored, key=lambda step: (self._scores[step], step), default=None)
+
+    def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._scores.pop(step, None)
+        if self.metric in metrics and not math.isnan(metrics[self.metric]):
+            self._scores[step] = metrics[self.metric]
 
     def save(
         self, step: int, model: Any, training: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -86,19 +90,26 @@ class Checkpoints:
           training: tree of arrays that only a continued run needs.
           meta: JSON values to keep beside them.
           metrics: validation metrics at this step.
+
+        Raises:
+          UsageError: `metrics` lacks the one to compare by.
         """
+        if metrics and self.metric is not None:
+            lookup(metrics, self.metric, "validation metric")
         record = {
             "format_version": FORMAT_VERSION,
             **meta,
+            "metrics": dict(metrics or {}),
+            "shapes": {"model": _shapes(model), "training": _shapes(training)},
             "checksums": {"model": _checksums(model), "training": _checksums(training)},
         }
+        self._note_score(step, record["metrics"])
         saved = self._manager.save(
             step,
-            metrics=dict(metrics) if metrics else None,
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(model),
                 training=ocp.args.StandardSave(training),
-                meta=ocp.args.JsonSave(record),
+                meta=ocp.args.JsonSave(record | {"checksum": _checksum(record)}),
             ),
         )
         if not saved:
@@ -114,15 +125,14 @@ class Checkpoints:
           model, training: trees of `jax.ShapeDtypeStruct` with shardings, as `save` got them.
 
         Raises:
-          UsageError: every checkpoint is damaged, or the format version is another.
+          UsageError: every checkpoint is damaged, or the latest intact one has another format version or
+            holds other arrays.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return step, *self._restore(step, model=model, training=training)
-            except (UsageError, KeyboardInterrupt):
-                raise
-            except Exception as error:  # noqa: BLE001  Orbax raises several types, also a bare Exception
+                return step, *self._restore(step, lambda: {"model": model, "training": training})
+            except DamagedCheckpoint as error:
                 self._set_aside(step, error)
         if steps:
             raise UsageError(
@@ -132,37 +142,54 @@ class Checkpoints:
         return None
 
     def restore_model(self, step: int) -> Any:
-        """The `model` item of `step` on the first device, without needing to know its shapes."""
-        tree = self._manager.item_metadata(step)["model"]
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
-        return self._restore(step, model=target)[0]
+        """The `model` item of `step` on the first device, without needing to know its shapes.
 
-    def _restore(self, step: int, **targets: Any) -> tuple[Any, ...]:
-        args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
-        version = restored["meta"]["format_version"]
-        if version != FORMAT_VERSION:
+        Raises:
+          UsageError: the format version is another.
+          DamagedCheckpoint: it is not what was saved.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def targets() -> dict[str, Any]:
+            tree = self._manager.item_metadata(step)["model"]
+            return {"model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)}
+
+        return self._restore(step, targets)[0]
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        with _damage_named():
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            if meta.pop("checksum") != _checksum(meta):
+                raise DamagedCheckpoint("checksum of meta differs")
+        return meta
+
+    def _restore(self, step: int, targets: Callable[[], dict[str, Any]]) -> list[Any]:
+        meta, where = self._meta(step), self.folder / str(step)
+        if (version := meta["format_version"]) != FORMAT_VERSION:
             raise UsageError(
-                f"{self.folder / str(step)} has format {version}, this xattn reads "
-                f"{FORMAT_VERSION}: use the xattn that wrote it."
+                f"{where} has format {version}, this xattn reads {FORMAT_VERSION}: use the xattn that wrote it."
             )
-        for name in targets:
-            expected, found = restored["meta"]["checksums"][name], _checksums(restored[name])
-            wrong = [path for path in expected if expected[path] != found.get(path)]
-            if wrong:
-                raise DamagedCheckpoint(
-                    f"checksum of {name}/{wrong[0]} differs" + (f" (and of {len(wrong) - 1} more)" if wrong[1:] else "")
+        with _damage_named():
+            wanted = targets()
+        for name, target in wanted.items():
+            if wrong := _differing(meta["shapes"][name], shapes := _shapes(target)):
+                held, asked = meta["shapes"][name].get(wrong[0], "nothing"), shapes.get(wrong[0], "nothing")
+                raise UsageError(
+                    f"{where} holds {held} for {name}/{wrong[0]}, this model has {asked} there ({len(wrong)} such "
+                    "arrays): use the xattn that wrote it, or another --workdir."
                 )
-        return tuple(restored[name] for name in targets)
+        args = {name: ocp.args.StandardRestore(target) for name, target in wanted.items()}
+        with _damage_named():
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        for name in wanted:
+            if wrong := _differing(meta["checksums"][name], _checksums(restored[name])):
+                raise DamagedCheckpoint(f"checksums of {len(wrong)} arrays differ, such as {name}/{wrong[0]}")
+        return [restored[name] for name in wanted]
 
     def _set_aside(self, step: int, error: Exception) -> None:
         aside = self.folder.parent / "damaged" / str(step)
         logging.warning(
-            "checkpoint %d is damaged (%s); it is moved to %s and the one before it is used.",
-            step,
-            str(error).splitlines()[0][:200],
-            aside,
+            "checkpoint %d is damaged (%s); it is moved to %s and the one before it is used.", step, error, aside
         )
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -179,28 +206,72 @@ class Checkpoints:
         self._manager.close()
 
 
-def _checksums(tree: Any) -> dict[str, int]:
+class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
+    def __init__(self, kept: Callable[[list[int]], Collection[int | None]]):
+        self._kept = kept
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = self._kept(steps)
+        return [step in kept for step in steps]
+
+
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
+    except DamagedCheckpoint:
+        raise
+    except Exception as error:  # Orbax raises several types, also a bare Exception
+        raise DamagedCheckpoint(" ".join(str(error).split())[:200]) from error
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {path: int(total) for path, total in zip(paths, sums, strict=True)}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {path: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in _by_path(tree).items()}
+
+
+def _differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    return sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
+
+
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    return {path: int(total) for path, total in jax.device_get(_sums(_by_path(tree))).items()}
 
 
 @jax.jit
-def _sums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
-    """Sum of bits x odd position weights modulo 2^32: exact in any order, so it is the same on every mesh."""
+def _sums(leaves: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    """Sum of mix(bits + mix(index)) modulo 2^32: exact in any order, so it is the same on every mesh.
+
+    For one index it is a bijection of the bits, so a change of a single element always shows.
+    """
 
     def total(leaf: Array) -> UInt32[Array, ""]:
         if leaf.dtype == jnp.bool_:
             leaf = leaf.astype(jnp.uint8)
         bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[np.dtype(leaf.dtype).itemsize]).astype(jnp.uint32)
-        weight = jnp.ones((), jnp.uint32)
+        index = jnp.zeros((), jnp.uint32)
         for axis, size in enumerate(bits.shape):
-            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            weight = weight * jnp.uint32(size) + index
-        return jnp.sum(bits * (weight * jnp.uint32(2654435761) * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        return jnp.sum(_mix(bits + _mix(index)), dtype=jnp.uint32)
 
-    return [total(leaf) for leaf in leaves]
+    return jax.tree.map(total, leaves)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The last step of MurmurHash3: a bijection in which every input bit moves every output bit."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,19 @@ from xattn.config import Config, UsageError, config_hash, differing_keys, from_j
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` so that `path` holds either the old contents or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
     """Creates `workdir` for `config`, or checks that it belongs to the same experiment.
 
     Raises:
-      UsageError: the folder holds a run whose config differs in more than what a continued run may change.
+      UsageError: the folder holds a run whose config differs in more than what a continued run may change,
+        or something else.
     """
     path = workdir / "config.json"
     if path.is_file():
@@ -38,8 +43,8 @@ def open_workdir(workdir: Path, config: Config) -> None:
                 f"{workdir} belongs to another config (it differs in {', '.join(keys)}): "
                 "use the same config, or another --workdir."
             )
-    elif workdir.is_dir() and any(workdir.iterdir()):
-        raise UsageError(f"{workdir} is not empty and holds no run: choose another --workdir.")
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UsageError(f"{workdir} is no empty folder and holds no run: choose another --workdir.")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, to_json(config))
@@ -80,6 +85,7 @@ def load(workdir: str | Path, step: int | str = "best", ema: bool = True) -> tup
 
     Raises:
       UsageError: no run, or no such checkpoint.
+      DamagedCheckpoint: the checkpoint is not what was saved.
     """
     found, variables = load_variables(Path(workdir), step, ema)
     config = read_config(Path(workdir))
@@ -92,20 +98,15 @@ def load_variables(workdir: Path, step: int | str, ema: bool = True) -> tuple[in
     config = read_config(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UsageError(f"{workdir} has no checkpoint yet: train it first.")
-    checkpoints = Checkpoints(workdir, metric=config.get("validation", {}).get("metric"), read_only=True)
-    try:
-        steps = checkpoints.steps()
-        found: int | None
-        if step == "best":
-            found = checkpoints.best_step() or (steps[-1] if steps else None)
-        elif step == "latest":
-            found = steps[-1] if steps else None
-        else:
-            found = int(step)
-        if found not in steps:
-            raise UsageError(f"{workdir} has no checkpoint {step}: it has {', '.join(map(str, steps)) or 'none'}.")
+    metric = (config.get("validation") or {}).get("metric")
+    with closing(Checkpoints(workdir, metric=metric, read_only=True)) as checkpoints:
+        steps, best = checkpoints.steps(), checkpoints.best_step()
+        names = {str(number): number for number in steps}
+        if steps:
+            names |= {"latest": steps[-1], "best": steps[-1] if best is None else best}
+        if str(step) not in names:
+            raise UsageError(f"{workdir} has no checkpoint '{step}': it has {', '.join(names) or 'none'}.")
+        found = names[str(step)]
         saved = checkpoints.restore_model(found)
-    finally:
-        checkpoints.close()
     params = saved["ema"] if ema and saved["ema"] else saved["params"]
     return found, {"params": params, **saved["model_state"]}

@@ -45,7 +45,18 @@ def batch_shapes(data_config: Mapping[str, Any], pipeline_config: Mapping[str, A
     source = lookup(SOURCES, options.pop("name"), "data source")
     _, shapes = lookup(PIPELINES, pipeline_config["name"], "pipeline")
     size = options.get("image_size", source.image_size)
-    return shapes(image_shape=(size, size, source.channels), **{k: v for k, v in pipeline_config.items() if k != "name"})
+    return shapes(
+        image_shape=(size, size, source.channels), **{k: v for k, v in pipeline_config.items() if k != "name"}
+    )
 
 
-__all__ = ["EpisodeSampler", "ImageSource", "PIPELINES", "SOURCES", "batch_shapes", "batches", "build", "fixed_episodes"]
+__all__ = [
+    "EpisodeSampler",
+    "ImageSource",
+    "PIPELINES",
+    "SOURCES",
+    "batch_shapes",
+    "batches",
+    "build",
+    "fixed_episodes",
+]

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from xattn import data, tasks
 from xattn.config import Config
@@ -39,10 +40,13 @@ def draw_episode(
     source = data.build(config.data.to_dict(), split=split)
     episode = data.EpisodeSampler(source, seed, ways, 1, queries)(0)
     support, query = source.images(episode["support"]), source.images(episode["query"])
-    inputs = tasks.build(config.task.to_dict()).inputs(
-        {"support": jax.numpy.asarray(support), "query": jax.numpy.asarray(query)}
-    )
-    outputs, captured = model.apply(variables, *inputs, mutable=["intermediates"])
+    task = tasks.build(config.task.to_dict())
+
+    @jax.jit
+    def classify(batch: Mapping[str, Any]) -> Any:
+        return model.apply(variables, *task.inputs(batch), mutable=["intermediates"])
+
+    outputs, captured = classify({"support": support, "query": query})
     weights, title = _weights(outputs, captured.get("intermediates", {}))
     _draw(support[:, 0], query, episode["query_labels"], np.asarray(outputs["logits"]).argmax(-1), weights, title, path)
     return path
@@ -67,28 +71,32 @@ def _draw(
     path: Path,
 ) -> None:
     ways, rows = len(support), len(query)
-    figure = Figure(figsize=(1.0 + 0.8 * ways, 0.8 + 0.55 * rows), layout="constrained")
-    grid = figure.subplots(rows + 1, ways + 1, squeeze=False)
-    grid[0, 0].axis("off")
-    grid[0, 0].text(0.5, 0.5, "query \\ support", ha="center", va="center", fontsize=7)
+    figure = Figure(figsize=(0.8 * (ways + 1), 0.8 + 0.6 * (rows + 1)), layout="constrained")
+    axis = figure.subplots()
+    cells = axis.imshow(
+        weights, cmap="Blues", vmin=0, vmax=1.5, extent=(0.5, ways + 0.5, rows + 0.5, 0.5), aspect="auto"
+    )
+    cells.set_zorder(0)
     for column, image in enumerate(support):
-        _show(grid[0, column + 1], image, "black")
+        _show(axis, image, column + 1, 0, "black")
     for row in range(rows):
-        _show(grid[row + 1, 0], query[row], "tab:green" if predicted[row] == labels[row] else "tab:red")
+        _show(axis, query[row], 0, row + 1, "tab:green" if predicted[row] == labels[row] else "tab:red")
         for column in range(ways):
-            axis, weight = grid[row + 1, column + 1], weights[row, column]
-            axis.set(xticks=[], yticks=[], facecolor=(1 - 0.8 * weight, 1 - 0.5 * weight, 1.0))
-            mark = "*" if column == labels[row] else ""
-            chosen = "bold" if column == predicted[row] else "normal"
-            axis.text(0.5, 0.5, f"{weight:.2f}{mark}", ha="center", va="center", fontsize=8, fontweight=chosen)
+            text = f"{weights[row, column]:.2f}" + ("*" if column == labels[row] else "")
+            weight = "bold" if column == predicted[row] else "normal"
+            axis.text(column + 1, row + 1, text, ha="center", va="center", fontsize=8, fontweight=weight)
+    axis.set(xlim=(-0.5, ways + 0.5), ylim=(rows + 0.5, -0.5), xticks=[], yticks=[])
+    axis.set_xlabel("support set above, queries on the left")
     right = int((predicted == labels).sum())
     figure.suptitle(f"{title}\n{right} of {rows} right; bold: predicted, *: true class", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def _show(axis: Axes, image: np.ndarray, frame: str) -> None:
-    axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray_r" if image.shape[-1] == 1 else None)
-    axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(color=frame, linewidth=2)
+def _show(axis: Axes, image: np.ndarray, column: int, row: int, frame: str) -> None:
+    left, right, top, bottom = column - 0.4, column + 0.4, row - 0.4, row + 0.4
+    ink = image.squeeze(-1) if image.shape[-1] == 1 else image
+    axis.imshow(ink, cmap="gray_r", extent=(left, right, bottom, top), aspect="auto", zorder=1)
+    axis.add_patch(
+        Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=frame, linewidth=2, zorder=2)
+    )

@@ -4,6 +4,7 @@ The images that the episodes use are embedded once; an episode then costs a look
 methods see the same episodes for the same arguments, so two of them can be compared pair by pair.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def fewshot(
             if method == "pixel_centroid"
             else embed(model, variables, task, source, used)
         )
-        classify = _head(model, variables) if method == "model" else jax.jit(nearest_centroid)
+        classify = functools.partial(_classify, model, variables) if method == "model" else jax.jit(nearest_centroid)
         correct = _from_features(classify, np.asarray(features), used, episodes, batch_size)
     accuracy = {name: rows.mean(1) for name, rows in correct.items()}
     main = accuracy.pop("logits")
@@ -112,12 +113,11 @@ def embed(
     batch_size: int = 200,
 ) -> Float[np.ndarray, "n h w C"]:
     """Features of images in evaluation mode, computed in batches of one shape."""
-    features = jax.jit(lambda images: model.apply(variables, task.prepare(images), method="features"))
     rows = []
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]
         padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")
-        rows.append(np.asarray(features(source.images(padded)))[: len(chunk)])
+        rows.append(np.asarray(_features(model, task, variables, source.images(padded)))[: len(chunk)])
     return np.concatenate(rows)
 
 
@@ -130,8 +130,20 @@ def nearest_centroid(
     return {"logits": -jnp.sum((query[..., :, None, :] - prototypes[..., None, :, :]) ** 2, -1)}
 
 
-def _head(model: nn.Module, variables: Mapping[str, Any]) -> Any:
-    return jax.jit(lambda support, query: model.apply(variables, support, query, method="classify"))
+# Compiled once for a model, however often a run validates.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _features(model: nn.Module, task: Any, variables: Mapping[str, Any], images: Any) -> Any:
+    return model.apply(variables, task.prepare(images), method="features")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _classify(model: nn.Module, variables: Mapping[str, Any], support: Any, query: Any) -> Any:
+    return model.apply(variables, support, query, method="classify")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _episode(model: nn.Module, task: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+    return model.apply(variables, *task.inputs(batch))
 
 
 def _from_features(
@@ -154,11 +166,10 @@ def _whole_episodes(
     source: data.ImageSource,
     episodes: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    apply = jax.jit(lambda batch: model.apply(variables, *task.inputs(batch)))
     correct: dict[str, list[np.ndarray]] = {}
     for support, query, labels in zip(episodes["support"], episodes["query"], episodes["query_labels"], strict=True):
         batch = {"support": source.images(support[None]), "query": source.images(query[None])}
-        _count(correct, apply(batch), labels[None], 1)
+        _count(correct, _episode(model, task, variables, batch), labels[None], 1)
     return {name: np.concatenate(parts) for name, parts in correct.items()}
 
 

@@ -48,6 +48,8 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
     specs = config.evals.to_dict()
     if only is not None:
         specs = {only: lookup(specs, only, "evaluation in this config")}
+    if not specs:
+        return {}
     found, variables = load_variables(workdir, step)
     model = build(config.model.to_dict(), dtype=config.dtype)
     results = {}

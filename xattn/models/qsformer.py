@@ -352,9 +352,9 @@ class QSFormer(nn.Module):
             dtype=self.dtype,
             name="patchformer",
         )
-        mix = self.patch_mix
-        support = mix * support + (1 - mix) * patchformer(support, deterministic=not train)
-        query = mix * query + (1 - mix) * patchformer(query, deterministic=not train)
+        rows = jnp.concatenate([support, query], axis=-3)
+        rows = self.patch_mix * rows + (1 - self.patch_mix) * patchformer(rows, deterministic=not train)
+        support, query = jnp.split(rows, [support.shape[-3]], axis=-3)
         m_l = self._local_logits(query, support, train)
         return {
             "logits": (1 - self.global_weight) * m_l + self.global_weight * self.global_temperature * m_g,

@@ -67,7 +67,12 @@ def sinkhorn_plan(
     into the potentials f and g and the kernel is built anew, so that a small epsilon neither overflows nor underflows
     float32 (Schmitzer, arXiv 1610.06519, section 3). The first potentials are the c-transforms of zero, with which
     each row and each column of the kernel has 1 as its largest entry.
+
+    Costs must lie in an interval of length 2, as those of correlations do; an epsilon below 0.01 would then leave the
+    range of float32 and raises ValueError.
     """
+    if epsilon < 0.01:
+        raise ValueError(f"epsilon {epsilon} is below 0.01, which float32 does not hold: use solver 'exact' instead.")
 
     def kernel(f, g):
         return jnp.exp((f[..., :, None] + g[..., None, :] - cost) / epsilon)

@@ -42,6 +42,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
     """A mesh over this run's devices with the axes `data, fsdp, tensor, sequence`.
 
@@ -113,12 +116,15 @@ def state_shardings(abstract: Any, mesh: Mesh) -> tuple[Any, list[str]]:
         spec = []
         for size, name in zip(leaf.value.shape, leaf.names, strict=True):
             if name is not None and name not in rules:
-                raise UsageError(f"{where} uses the logical axis '{name}', which has no rule: add one to RULES "
-                                 "in xattn/parallel/mesh.py.")
+                raise UsageError(
+                    f"{where} uses the logical axis '{name}', which has no rule: add one to RULES "
+                    "in xattn/parallel/mesh.py."
+                )
             axis = rules.get(name) if name is not None else None
             if isinstance(axis, str) and size % mesh.shape[axis]:
-                notes.append(f"{where}: '{name}' of size {size} stays whole, mesh axis '{axis}' has size "
-                             f"{mesh.shape[axis]}")
+                notes.append(
+                    f"{where}: '{name}' of size {size} stays whole, mesh axis '{axis}' has size {mesh.shape[axis]}"
+                )
                 axis = None
             spec.append(axis)
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -128,6 +134,11 @@ def state_shardings(abstract: Any, mesh: Mesh) -> tuple[Any, list[str]]:
 
 def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
     """Raises `UsageError` unless `batch_size` splits into microbatches that the mesh divides."""
+    if batch_size < 1 or accumulate_steps < 1:
+        raise UsageError(
+            f"config.pipeline.batch_size is {batch_size} and config.accumulate_steps is {accumulate_steps}: "
+            "both must be positive."
+        )
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (accumulate_steps * replicas):
         raise UsageError(
@@ -139,5 +150,11 @@ def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on the mesh, leading axis over `data` and `fsdp`."""
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def batch_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a whole batch with the sharding that `shard_batch` gives it."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in shapes.items()}

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import numpy as np
 
 from xattn import data, evals, models, tasks
 from xattn.checkpoints import Checkpoints, open_workdir
-from xattn.config import Config, config_hash
-from xattn.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
+from xattn.config import Config, UsageError, config_hash
+from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, shard_batch, use_mesh
 from xattn.train.optim import make_optimizer
 from xattn.train.reporting import Reporter
 from xattn.train.state import abstract_state
@@ -39,7 +39,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
     Raises:
       UsageError: something in the config, the data or the workdir that the user can put right.
-      NotFinite: `config.max_skipped` updates in a row were not finite.
+      NotFinite: more than `config.max_skipped` updates in a row were not finite.
       Preempted: after SIGTERM, once a checkpoint is written.
     """
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
@@ -57,9 +57,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
     # State: planned without memory, then restored into its shardings, or created in them.
     with use_mesh(mesh):
-        sample = next(iter(data.batches(source, pipeline)))
+        shapes = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
         create, abstract, notes = abstract_state(
-            model, task, optimizer, jax.tree.map(lambda x: x[:1], sample), config.ema_decay > 0, config.seed, mesh
+            model, task, optimizer, shapes, config.ema_decay > 0, config.seed, mesh
         )
         open_workdir(workdir, config)
         metric = config.validation.metric if config.validation else None
@@ -67,8 +67,11 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
         state = create() if restored is None else replace(abstract, **restored[1], **restored[2])
         start = int(state.step)
+        if start > config.num_steps:
+            raise UsageError(f"{workdir} is at step {start}, beyond config.num_steps {config.num_steps}: give more.")
 
         with (
+            closing(checkpoints),
             Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
             _on_sigterm() as stop,
         ):
@@ -82,7 +85,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             )
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-            compiled = jitted.lower(state, shard_batch(sample, mesh)).compile()
+            compiled = jitted.lower(state, shapes).compile()
             report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
             # The loop: update, log, validate, save.
@@ -102,10 +105,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                     meta = {"config_hash": config_hash(config)}
                     checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
                 if stopping and not last:
-                    checkpoints.close()
                     raise Preempted(f"stopped at step {step}; the same command continues from there.")
-            checkpoints.close()
-            report.say(f"curves: {report.plot_curves()}")
+            report.plot_curves()
 
     # Evaluation of the checkpoint that `xattn.load` gives.
     return evals.evaluate_workdir(workdir)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from xattn.config import UsageError, check_keys, lookup
@@ -12,26 +11,26 @@ from xattn.config import UsageError, check_keys, lookup
 Schedule = Callable[[Any], Any]
 
 
-def constant(num_steps: int, value: float, warmup_steps: int = 0) -> Schedule:
+def constant(num_steps: int, value: float, /, warmup_steps: int = 0) -> Schedule:
     """`value`, after a linear warm-up."""
     del num_steps
     return _warm(optax.constant_schedule(value), value, warmup_steps)
 
 
-def cosine(num_steps: int, value: float, warmup_steps: int = 0, final_fraction: float = 0.0) -> Schedule:
-    """Half a cosine from `value` to `final_fraction * value` at the last step, after a linear warm-up."""
+def cosine(num_steps: int, value: float, /, warmup_steps: int = 0, final_fraction: float = 0.0) -> Schedule:
+    """Half a cosine from `value` to `final_fraction * value` after `num_steps` steps, which count a linear warm-up."""
     decay = optax.cosine_decay_schedule(value, max(1, num_steps - warmup_steps), alpha=final_fraction)
     return _warm(decay, value, warmup_steps)
 
 
-def linear(num_steps: int, value: float, warmup_steps: int = 0, final_fraction: float = 0.0) -> Schedule:
-    """A line from `value` to `final_fraction * value` at the last step, after a linear warm-up."""
+def linear(num_steps: int, value: float, /, warmup_steps: int = 0, final_fraction: float = 0.0) -> Schedule:
+    """A line from `value` to `final_fraction * value` after `num_steps` steps, which count a linear warm-up."""
     decay = optax.linear_schedule(value, final_fraction * value, max(1, num_steps - warmup_steps))
     return _warm(decay, value, warmup_steps)
 
 
-def step(num_steps: int, value: float, every: int = 1000, factor: float = 0.1, warmup_steps: int = 0) -> Schedule:
-    """`value * factor ** (steps // every)` (torch's StepLR), after a linear warm-up."""
+def step(num_steps: int, value: float, /, every: int = 1000, factor: float = 0.1, warmup_steps: int = 0) -> Schedule:
+    """`value * factor ** (steps // every)` (torch's StepLR), in steps after a linear warm-up."""
     del num_steps
     return _warm(optax.exponential_decay(value, every, factor, staircase=True), value, warmup_steps)
 
@@ -45,35 +44,44 @@ def _warm(schedule: Schedule, value: float, warmup_steps: int) -> Schedule:
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "step": step}
 
 
+# An optimizer gives the direction of the update; `make_optimizer` multiplies it by the learning rate.
+
+
 def sgd(
-    schedule: Schedule, mask: Any, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+    mask: Any, /, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
     """SGD whose weight decay is added to the gradient before the momentum, as in torch."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask), optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov)
-    )
+    trace = optax.trace(momentum, nesterov) if momentum else optax.identity()
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), trace)
 
 
-def adam(
-    schedule: Schedule, mask: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> optax.GradientTransformation:
+def adam(mask: Any, /, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980), without weight decay."""
     del mask
-    return optax.adam(schedule, b1=b1, b2=b2, eps=eps)
+    return optax.scale_by_adam(b1, b2, eps)
 
 
 def adamw(
-    schedule: Schedule, mask: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 1e-2
+    mask: Any, /, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 1e-2
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
-    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    return optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask))
 
 
 def lamb(
-    schedule: Schedule, mask: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, weight_decay: float = 1e-2
+    mask: Any, /, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, weight_decay: float = 1e-2
 ) -> optax.GradientTransformation:
-    """LAMB (arXiv 1904.00962): Adam with a trust ratio for each layer."""
-    return optax.lamb(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    """LAMB (arXiv 1904.00962): AdamW whose direction is scaled to the norm of each parameter array."""
+    return optax.chain(adamw(mask, b1, b2, eps, weight_decay), optax.scale_by_trust_ratio())
+
+
+def _scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    # optax would count the updates that were made; with some left out, the schedule would lag behind the step.
+    def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda u: (-schedule(step) * u).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb}
@@ -109,11 +117,12 @@ def _keys(path: tuple) -> list[str]:
 
 def make_optimizer(
     config: Mapping[str, Any], num_steps: int, frozen: Sequence[str] = ()
-) -> tuple[optax.GradientTransformation, Schedule]:
+) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
     """The optimizer of `config.optimizer`, and its learning-rate schedule for the log.
 
     Order: gradients of frozen parameters are dropped, the global norm is clipped, the optimizer runs,
-    updates of frozen parameters are dropped (so weight decay leaves them alone too).
+    updates of frozen parameters are dropped (so weight decay leaves them alone too), the learning rate
+    `schedule(step)` multiplies. `update(gradients, state, params, step=...)` takes the step from its caller.
 
     Args:
       config: `name`, `learning_rate`, `schedule` (a mapping with its `name`), `clip_norm` (0: none), `decay`
@@ -130,17 +139,12 @@ def make_optimizer(
     make_schedule = lookup(SCHEDULES, schedule_options.pop("name"), "schedule")
     learning_rate, clip_norm = options.pop("learning_rate"), options.pop("clip_norm", 0.0)
     mask = decay_mask(options.pop("decay", "kernels"))
-    check_keys(options, make, "config.optimizer")
+    check_keys(options, make, "config.optimizer", also=("clip_norm", "decay"))
     check_keys(schedule_options, make_schedule, "config.optimizer.schedule")
     schedule = make_schedule(num_steps, learning_rate, **schedule_options)
     drop_frozen = optax.masked(optax.set_to_zero(), lambda params: _frozen(frozen, params))
     parts = [drop_frozen] if frozen else []
     parts += [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    parts += [make(schedule, mask, **options)]
+    parts += [make(mask, **options)]
     parts += [drop_frozen] if frozen else []
-    return optax.chain(*parts), schedule
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all leaves together, in float32."""
-    return optax.global_norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
+    return optax.chain(*parts, _scale_by_learning_rate(schedule)), schedule

@@ -1,15 +1,18 @@
 """What a run tells: metrics.jsonl, TensorBoard files, a progress bar or plain lines, curve pictures."""
 
+import io
 import json
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from statistics import fmean
+from typing import Any
 
 import jax
 from absl import logging
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
@@ -43,7 +46,7 @@ class Reporter:
         num_steps: int,
         batch_size: int,
         max_skipped: int,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
     ):
         self._workdir, self._num_steps, self._batch_size = workdir, num_steps, batch_size
         self._max_skipped = max_skipped
@@ -61,7 +64,9 @@ class Reporter:
         keep = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in keep))
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=start_step + 1, flush_secs=30)
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tb"), purge_step=start_step + 1, flush_secs=30, filename_suffix=f".{start_step}"
+        )
         if self._stream.isatty():
             self._progress = Progress(
                 TextColumn("train"),
@@ -69,6 +74,7 @@ class Reporter:
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
+                console=Console(file=self._stream),
             )
             self._bar = self._progress.add_task("", total=num_steps, completed=start_step)
 
@@ -147,14 +153,15 @@ class Reporter:
     def say(self, text: str) -> None:
         """One line for the person who watches."""
         if self._bar is not None:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False)
         elif self._writes:
             print(text, file=self._stream, flush=True)
 
-    def plot_curves(self) -> Path:
-        """Writes what is pending and draws `plots/curves.png`; see the function of this name."""
+    def plot_curves(self) -> None:
+        """Writes what is pending, draws `plots/curves.png` and says so; see the function of this name."""
         self.flush()
-        return plot_curves(self._workdir)
+        if self._writes:
+            self.say(f"curves: {plot_curves(self._workdir)}")
 
 
 def _format(metrics: Mapping[str, float]) -> str:
@@ -189,13 +196,12 @@ def plot_curves(workdir: Path) -> Path:
             (line,) = axis.plot(steps, values, label=kind, **style)
             if kind == "train" and len(values) >= 20:
                 window = len(values) // 10
-                means = [
-                    sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))
-                ]
+                means = [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
                 axis.plot(steps, means, color=line.get_color(), label=f"mean of {window} rows")
         axis.set(xlabel="step", ylabel=name)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     path = workdir / "plots" / "curves.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -15,7 +15,7 @@ from xattn.parallel.mesh import state_shardings, without_names
 
 @struct.dataclass
 class TrainState:
-    """Everything that a checkpoint holds; random numbers and data follow from `step`.
+    """Everything that a checkpoint holds, as arrays or their shapes; random numbers and data follow from `step`.
 
     Attributes:
       step: int32, updates done.
@@ -26,13 +26,13 @@ class TrainState:
       skipped, skipped_in_a_row: int32, updates that were left out because they were not finite.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     model_state: Any
     opt_state: Any
     ema: Any
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
+    skipped: Any
+    skipped_in_a_row: Any
 
     def inference_part(self) -> dict[str, Any]:
         """What `xattn.load` needs."""
@@ -53,7 +53,7 @@ def abstract_state(
     seed: int,
     mesh: Mesh,
 ) -> tuple[Any, Any, list[str]]:
-    """Plans a state without allocating it.
+    """Plans a state without allocating it; `batch` holds the shapes of one.
 
     Returns:
       `(create, abstract, notes)`: a compiled-on-call function without arguments that makes the state,
@@ -61,8 +61,9 @@ def abstract_state(
     """
 
     def boxed() -> TrainState:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
         params_key, dropout_key = jax.random.split(jax.random.key(seed))
-        variables = dict(model.init({"params": params_key, "dropout": dropout_key}, *task.inputs(batch)))
+        variables = dict(model.init({"params": params_key, "dropout": dropout_key}, *task.inputs(zeros)))
         params = variables.pop("params")
         return TrainState(
             step=jnp.zeros((), jnp.int32),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from xattn.train.optim import Schedule, global_norm
+from xattn.train.optim import Schedule
 from xattn.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -30,7 +30,8 @@ def make_train_step(
     loss or gradient norm is not finite changes nothing but the counters.
 
     Args:
-      model, task, optimizer, schedule: see `xattn.models`, `xattn.tasks` and `xattn.train.optim`.
+      model, task, optimizer, schedule: see `xattn.models`, `xattn.tasks` and `xattn.train.optim`; any optax
+        optimizer will do.
       seed: of the run.
       accumulate_steps: microbatches a step; gradients and metrics are their means, so a step equals one
         on the whole batch for losses that are means over examples of equal weight.
@@ -48,6 +49,7 @@ def make_train_step(
         return loss, (metrics, new_state or model_state)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    update_fn = optax.with_extra_args_support(optimizer).update
 
     def gradients(state: TrainState, batch: dict, rng: jax.Array) -> tuple[Any, Metrics, Any]:
         if accumulate_steps == 1:
@@ -76,8 +78,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics, model_state = gradients(state, batch, rng)
-        norm = global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = update_fn(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(
             lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params if ema_decay else {}
@@ -94,8 +96,8 @@ def make_train_step(
         metrics |= {
             "learning_rate": jnp.asarray(schedule(state.step)),
             "grad_norm": norm,
-            "param_norm": global_norm(params),
-            "update_norm": global_norm(updates),
+            "param_norm": optax.tree.norm(new.params),
+            "update_norm": optax.tree.norm(updates),
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,
         }

@@ -35,11 +35,15 @@ def dot_scores(
     logits_soft_cap: float | None,
 ) -> Float[Array, "*B H N M"]:
     """Scaled, capped, biased and masked scores, float32 or wider. Head h reads key head h // (H / G)."""
+    *batch, num_queries, heads, width = query.shape
+    groups = key.shape[-2]
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    heads, groups = query.shape[-2], key.shape[-2]
-    query = query.reshape(*query.shape[:-2], groups, heads // groups, query.shape[-1])
-    scores = jnp.einsum("...ngrd,...mgd->...grnm", query, key, preferred_element_type=dtype)
-    scores = scores.reshape(*scores.shape[:-4], heads, *scores.shape[-2:])
+    # Heads that share a key head become more queries of it, [*B, (H / G) N, G, D], so that both products are
+    # those of equal heads; for H = G these steps move nothing.
+    query = jnp.moveaxis(query.reshape(*batch, num_queries, groups, heads // groups, width), -2, -4)
+    query = query.reshape(*batch, heads // groups * num_queries, groups, width)
+    scores = jnp.einsum("...nhd,...mhd->...hnm", query, key, preferred_element_type=dtype)
+    scores = scores.reshape(*batch, heads, num_queries, key.shape[-3])
     scores = scores * jnp.asarray(scale, dtype)[..., None, None]
     return cap_bias_mask(scores, bias=bias, mask=mask, logits_soft_cap=logits_soft_cap)
 
@@ -59,11 +63,13 @@ def weighted_sum(
     weights: Float[Array, "*B H N M"], value: Float[Array, "*B M G Dv"], dtype: Any = None
 ) -> Float[Array, "*B N H Dv"]:
     """The values averaged by the weights, multiplied in the values' dtype; the result has `dtype` (the same)."""
-    heads, groups = weights.shape[-3], value.shape[-2]
+    *batch, heads, num_queries, num_keys = weights.shape
+    groups, width = value.shape[-2:]
     weights = weights.astype(value.dtype)
-    weights = weights.reshape(*weights.shape[:-3], groups, heads // groups, *weights.shape[-2:])
-    out = jnp.einsum("...grnm,...mgd->...ngrd", weights, value, preferred_element_type=dtype or value.dtype)
-    return out.reshape(*out.shape[:-3], heads, out.shape[-1])
+    weights = weights.reshape(*batch, groups, heads // groups * num_queries, num_keys)
+    out = jnp.einsum("...hnm,...mhd->...nhd", weights, value, preferred_element_type=dtype or value.dtype)
+    out = jnp.moveaxis(out.reshape(*batch, heads // groups, num_queries, groups, width), -4, -2)
+    return out.reshape(*batch, num_queries, heads, width)
 
 
 def attend(

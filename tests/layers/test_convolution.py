@@ -1,0 +1,63 @@
+"""Pooling against Linen's, and BatchNorm over a mapped axis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from tests.variables import normal
+from xattn.layers.convolution import image_norm, max_pool
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+def test_max_pool_equals_linens_with_its_gradient(size):
+    x = normal(2, 3, *size, 2, seed=0)
+
+    def linens(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    np.testing.assert_array_equal(max_pool(x), linens(x))
+    got, expected = (jax.grad(lambda x, f=f: jnp.square(f(x)).sum())(x) for f in (max_pool, linens))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+class Norm(nn.Module):
+    kind: str
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        return image_norm(x, kind=self.kind, num_groups=2, train=train, axis_name=self.axis_name, name="norm")
+
+
+def test_batch_norm_averages_over_all_leading_axes_and_a_mapped_one():
+    x = 3 + 2 * normal(2, 3, 4, 4, 4, seed=0)
+    variables = Norm("batch").init(jax.random.key(0), x, False)
+    out, state = Norm("batch").apply(variables, x, True, mutable=["batch_stats"])
+    mean, variance = x.mean((0, 1, 2, 3)), x.var((0, 1, 2, 3))
+    np.testing.assert_allclose(out, (x - mean) / jnp.sqrt(variance + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(state["batch_stats"]["norm"]["mean"], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(state["batch_stats"]["norm"]["var"], 0.9 + 0.1 * variance, rtol=1e-5)
+
+    def shard(x):
+        return Norm("batch", "devices").apply(variables, x, True, mutable=["batch_stats"])
+
+    mapped, mapped_state = jax.vmap(shard, axis_name="devices")(x)
+    np.testing.assert_allclose(mapped, out, atol=1e-5)
+    np.testing.assert_allclose(
+        mapped_state["batch_stats"]["norm"]["var"][1], state["batch_stats"]["norm"]["var"], rtol=1e-5
+    )
+
+
+def test_group_norm_looks_at_one_image():
+    x = 3 + 2 * normal(2, 3, 4, 4, 4, seed=0)
+    out = Norm("group").apply(Norm("group").init(jax.random.key(0), x, True), x, True)
+    groups = x.reshape(2, 3, 16, 2, 2)
+    expected = (groups - groups.mean((2, 4), keepdims=True)) / jnp.sqrt(groups.var((2, 4), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(out, expected.reshape(x.shape), atol=1e-5)
+
+
+def test_unknown_norm_is_named():
+    with pytest.raises(ValueError, match="norm 'layer' is none of batch, group"):
+        Norm("layer").init(jax.random.key(0), jnp.zeros((1, 4, 4, 4)), False)

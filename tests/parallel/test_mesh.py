@@ -1,0 +1,256 @@
+"""Meshes over eight simulated devices, and what the logical names become on them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from xattn.config import UsageError
+from xattn.layers.cross_attention import CrossAttention
+from xattn.models import MODELS, build
+from xattn.parallel.mesh import (
+    AXES,
+    RULES,
+    batch_shapes,
+    check_batch,
+    make_mesh,
+    shard_batch,
+    state_shardings,
+    use_mesh,
+    without_names,
+)
+from xattn.train.state import abstract_state
+
+
+class Small(nn.Module):
+    """Self-attention and a hidden layer whose bias does not divide by two."""
+
+    hidden: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+        x = CrossAttention(num_heads=2, name="attention")(x)
+        kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+        bias = nn.with_logical_partitioning(nn.initializers.normal(), ("mlp",))
+        x = nn.Dense(self.hidden, kernel_init=kernel, bias_init=bias, name="hidden")(x)
+        self.variable("batch_stats", "mean", jnp.zeros, (3,))
+        return nn.with_logical_constraint(x, ("batch", "length", "act_mlp"))
+
+
+class Mean:
+    """The smallest task: what `abstract_state` asks of one."""
+
+    def inputs(self, batch):
+        return (batch["x"],)
+
+
+def boxed(*names, shape=(4, 6)):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+def specs(shardings: Any) -> Any:
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        (dict(), (8, 1, 1, 1)),
+        (dict(data=2, fsdp=2, tensor=2), (2, 2, 2, 1)),
+        (dict(data=1), (1, 1, 1, 1)),
+        (dict(data=3), (3, 1, 1, 1)),
+        (dict(data=2, fsdp=-1), (2, 4, 1, 1)),
+        (dict(data=2, tensor=2, sequence=-1), (2, 1, 2, 2)),
+        (dict(fsdp=8), (1, 8, 1, 1)),
+    ],
+)
+def test_make_mesh_sizes(asked, sizes):
+    mesh = make_mesh(**asked)
+    assert mesh.axis_names == AXES == ("data", "fsdp", "tensor", "sequence")
+    assert mesh.devices.shape == sizes
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}  # logical constraints do nothing on Explicit axes
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (dict(data=16), ["'data': 16", "8 cpu device(s)", "not exceed"]),
+        (dict(data=4, tensor=4), ["'data': 4", "'tensor': 4", "8 cpu device(s)"]),
+        (dict(data=-1, tensor=3), ["'tensor': 3", "8 cpu device(s)", "divide"]),
+        (dict(data=-1, fsdp=-1), ["at most one axis"]),
+        (dict(data=0), ["'data': 0", "positive"]),
+        (dict(data=2, tensor=-2), ["'tensor': -2", "positive"]),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_with_both_numbers(asked, words):
+    with pytest.raises(UsageError) as error:
+        make_mesh(**asked)
+    for word in words:
+        assert word in str(error.value)
+
+
+# Shardings of a state.
+
+
+def test_state_shardings_apply_the_rules_and_leave_no_boxes():
+    tree = {
+        "params": {"kernel": boxed("embed", "heads", "kv", shape=(4, 2, 3)), "plain": jnp.zeros((8, 8))},
+        "half": boxed("embed", None),
+        "empty": {},
+    }
+    shardings, notes = state_shardings(tree, make_mesh(2, 2, 2))
+    assert specs(shardings) == {
+        "params": {"kernel": P("fsdp", "tensor", None), "plain": P()},
+        "half": P("fsdp", None),
+        "empty": {},
+    }
+    assert notes == []
+    assert jax.tree.structure(shardings) == jax.tree.structure(without_names(tree))
+
+
+def test_an_indivisible_axis_is_replicated_and_listed_and_the_others_are_split():
+    tree = {"params": {"mlp": {"kernel": boxed("embed", "mlp", shape=(4, 7))}, "bias": boxed("mlp", shape=(6,))}}
+    shardings, notes = state_shardings(tree, make_mesh(2, 2, 2))
+    assert specs(shardings)["params"]["mlp"]["kernel"] == P("fsdp", None)
+    assert specs(shardings)["params"]["bias"] == P("tensor")
+    assert notes == ["params/mlp/kernel: 'mlp' of size 7 stays whole, mesh axis 'tensor' has size 2"]
+    assert state_shardings(tree, make_mesh(8))[1] == []  # a mesh axis of one device splits nothing
+
+
+def test_a_name_without_a_rule_is_an_error_that_names_it_and_its_parameter():
+    with pytest.raises(UsageError, match="params/a/kernel uses the logical axis 'embde', which has no rule"):
+        state_shardings({"params": {"a": {"kernel": boxed("embde", "mlp")}}}, make_mesh())
+
+
+def test_initialisation_on_a_mesh_equals_that_on_one_device_bit_by_bit():
+    shapes = {"x": jax.ShapeDtypeStruct((8, 5, 4), jnp.float32)}
+    states = {}
+    for name, mesh in {"one": make_mesh(1), "eight": make_mesh(2, 2, 2)}.items():
+        with use_mesh(mesh):
+            create, abstract, notes = abstract_state(
+                Small(hidden=7), Mean(), optax.adam(0.1), batch_shapes(shapes, mesh), True, 0, mesh
+            )
+            states[name] = create()
+        described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), states[name])
+        assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
+    # The optimizer and the average repeat the parameters' shapes; each axis is listed once.
+    assert [note.split(":")[0] for note in notes] == ["params/hidden/bias", "params/hidden/kernel"]
+    jax.tree.map(np.testing.assert_array_equal, states["one"], states["eight"])
+
+    params, (adam, _) = states["eight"].params, states["eight"].opt_state
+    assert params["attention"]["query"]["kernel"].sharding.spec == P("fsdp", "tensor", None)
+    assert params["attention"]["out"]["kernel"].sharding.spec == P("tensor", None, "fsdp")
+    assert params["hidden"]["kernel"].sharding.spec == P("fsdp", None)
+    assert specs(jax.tree.map(lambda x: x.sharding, adam.mu)) == specs(jax.tree.map(lambda x: x.sharding, params))
+    assert params["attention"]["query"]["kernel"].addressable_shards[0].data.shape == (2, 1, 2)
+    assert states["eight"].model_state["batch_stats"]["mean"].sharding.is_fully_replicated
+
+
+def test_logical_constraints_lower_to_sharding_constraints_under_use_mesh_only():
+    model, x = Small(), jnp.ones((8, 5, 4))
+    mesh = make_mesh(2, 2, 2)
+    apply = lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])[0]  # noqa: E731
+    variables = jax.eval_shape(lambda: without_names(model.init(jax.random.key(0), x)))
+    outside = jax.jit(apply).lower(variables, x).as_text()
+    with use_mesh(mesh):
+        inside = jax.jit(apply).lower(variables, x).as_text()
+    assert "sharding_constraint" not in outside
+    assert inside.count("sharding_constraint") >= 5  # q, k, v, the attention's output and the model's own
+    assert '[{"data", "fsdp"}, {}, {"tensor"}]' in inside
+
+
+# Names.
+
+
+TINY = {
+    "conv4": [dict(name="conv4", widths=(8, 8, 8, 8), norm=norm) for norm in ("group", "batch")],
+    "resnet12": [dict(name="resnet12", widths=(8, 8, 8, 8), norm=norm) for norm in ("group", "batch")],
+    "cife": [dict(name="cife", backbone=dict(name="conv4", widths=(8, 8, 8, 8)), num_heads=2, mlp_dim=8)],
+    "protonet": [dict(name="protonet", encoder=dict(name="conv4", widths=(8, 8, 8, 8)))],
+    "qsformer": [
+        dict(
+            name="qsformer",
+            encoder=dict(name="cife", backbone=dict(name="conv4", widths=(8, 8, 8, 8)), num_heads=2, mlp_dim=8),
+            num_blocks=1,
+            patch_num_heads=2,
+            mlp_dim=8,
+            projection_norm=projection_norm,
+        )
+        for projection_norm in ("layer", "l2")
+    ],
+}
+
+
+def test_every_name_that_a_model_uses_has_a_rule(monkeypatch):
+    assert set(TINY) == set(MODELS), "give each model a tiny config in this file"
+    known, used = {name for name, _ in RULES}, set()
+    constrain = nn.with_logical_constraint
+
+    def recording(x, names, *args, **kwargs):
+        assert len(names) == x.ndim
+        used.update(names)
+        return constrain(x, names, *args, **kwargs)
+
+    monkeypatch.setattr(nn, "with_logical_constraint", recording)
+    images = jnp.zeros((2, 1, 16, 16, 3))
+    for config in sum(TINY.values(), []):
+        model = build(config)
+        inputs = (images, images[:, 0]) if config["name"] in ("protonet", "qsformer") else (images[:, 0],)
+        shapes = jax.eval_shape(lambda m=model, i=inputs: m.init(jax.random.key(0), *i))
+        for path, leaf in jax.tree.leaves_with_path(shapes["params"], is_leaf=lambda x: hasattr(x, "names")):
+            where = f"{config['name']}: {jax.tree_util.keystr(path)}"
+            assert hasattr(leaf, "names"), f"{where} carries no logical names"
+            assert len(leaf.names) == len(leaf.value.shape), where
+            used.update(leaf.names)
+    assert used - {None} <= known
+    assert {"embed", "heads", "conv_out", "act_heads"} <= used  # the recording works
+
+
+def test_rules_name_mesh_axes_and_each_name_once():
+    names = [name for name, _ in RULES]
+    assert len(names) == len(set(names))
+    for _, axes in RULES:
+        assert set([axes] if isinstance(axes, str) else axes or []) <= set(AXES)
+
+
+# Batches.
+
+
+def test_check_batch_accepts_multiples_and_names_the_numbers_otherwise():
+    mesh = make_mesh(2, 2, 2)
+    check_batch(12, 3, mesh)
+    with pytest.raises(UsageError) as error:
+        check_batch(10, 3, mesh)
+    for word in ("batch_size is 10", "3 microbatch(es)", "4 replicas", "multiple of 12"):
+        assert word in str(error.value)
+    for batch_size, accumulate_steps in ((0, 1), (4, 0), (-4, 1)):
+        with pytest.raises(
+            UsageError, match=f"batch_size is {batch_size} .* {accumulate_steps}: both must be positive"
+        ):
+            check_batch(batch_size, accumulate_steps, mesh)
+
+
+def test_shard_batch_splits_rows_over_data_and_fsdp_and_repeats_them_over_tensor():
+    mesh = make_mesh(2, 2, 2)
+    rows = {"images": np.arange(48, dtype=np.uint8).reshape(8, 2, 3), "labels": np.arange(8, dtype=np.int32)}
+    batch = shard_batch(rows, mesh)
+    for name, whole in rows.items():
+        np.testing.assert_array_equal(batch[name], whole)
+        assert batch[name].dtype == whole.dtype
+        for shard in batch[name].addressable_shards:
+            data, fsdp, _, _ = np.argwhere(mesh.devices == shard.device)[0]
+            first = 2 * (2 * data + fsdp)
+            np.testing.assert_array_equal(shard.data, whole[first : first + 2])
+    planned = batch_shapes({name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()}, mesh)
+    for name, leaf in planned.items():
+        assert (leaf.shape, leaf.dtype) == (rows[name].shape, rows[name].dtype)
+        assert batch[name].sharding == leaf.sharding

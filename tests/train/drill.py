@@ -1,0 +1,86 @@
+"""Kills a training run with SIGKILL at random moments and checks that nothing is lost or changed.
+
+    python tests/train/drill.py --runs=20
+
+Each run is started as a user would start it, killed at a random moment (also while it saves), and started again with
+the same command until it finishes. Its losses, its parameters and its evaluation must equal, bit for bit, those of a
+run that nobody touched.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+COMMAND = (sys.executable, "-m", "xattn", "train", "--config=qsformer/glyphs:smoke", "--config.num_steps=12")
+
+
+def start(workdir: Path) -> subprocess.Popen:
+    """Starts the command in the background; its output goes to a log beside the workdir."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    with (workdir.parent / f"{workdir.name}.log").open("a") as log:
+        return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], stdout=log, stderr=log, env=environment)
+
+
+def finish(workdir: Path) -> float:
+    """Runs the command to its end; returns the seconds it took."""
+    began = time.monotonic()
+    if code := start(workdir).wait():
+        log = (workdir.parent / f"{workdir.name}.log").read_text()
+        raise AssertionError(f"the run in {workdir} ended with {code}:\n{log[-3000:]}")
+    return time.monotonic() - began
+
+
+def contents(workdir: Path) -> dict[str, object]:
+    """What must not depend on interruptions: rows of metrics, the evaluation, checksums of every array."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    evaluation = {path.name: json.loads(path.read_text()) for path in workdir.glob("evals/*/*.json")}
+    last = max(workdir.glob("checkpoints/[0-9]*"), key=lambda path: int(path.name))
+    meta = json.loads((last / "meta" / "metadata").read_text())
+    return {"rows": rows, "evaluation": evaluation, "step": last.name, "checksums": meta["checksums"]}
+
+
+def drill(runs: int, folder: Path, seed: int = 0) -> None:
+    """Kills and continues `runs` runs in `folder`; AssertionError if one differs from the untouched run."""
+    rng = random.Random(seed)
+    finish(folder / "warm_up")  # fills the compilation cache: the next run takes as long as those to be killed
+    seconds = finish(folder / "untouched")
+    expected = contents(folder / "untouched")
+    for number in range(runs):
+        workdir = folder / f"run_{number}"
+        process = start(workdir)
+        moment = rng.uniform(0.3, 1.0) * seconds
+        try:
+            process.wait(moment)
+            state = "finished"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            state = f"killed after {moment:.1f} s, {_progress(workdir)}"
+        finish(workdir)
+        found = contents(workdir)
+        wrong = [name for name in expected if found[name] != expected[name]]
+        assert not wrong, f"run {number}, {state}: {', '.join(wrong)} differ from the untouched run's"
+        print(f"run {number}: {state}; continued: equal to the untouched run", flush=True)
+
+
+def _progress(workdir: Path) -> str:
+    folders = [path.name for path in workdir.glob("checkpoints/*")]
+    saved = sorted(int(name) for name in folders if name.isdigit())
+    saving = ", in the middle of a save" if any("tmp" in name for name in folders) else ""
+    return f"steps {saved} saved{saving}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        drill(arguments.runs, Path(temporary), arguments.seed)
+    print(f"{arguments.runs} runs, all equal to the untouched one, bit for bit")

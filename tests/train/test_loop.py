@@ -1,0 +1,127 @@
+"""The training program as a whole, on the smoke config of the main job."""
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import xattn
+from tests.train.drill import drill
+from xattn import data
+from xattn.config import Config, UsageError, load_config
+from xattn.train import Preempted, train
+
+
+def smoke(name: str = "protonet", **changes: object) -> Config:
+    """A smoke config without evaluations, so that a run is its steps alone; `a__b` changes the key a.b."""
+    config = load_config(f"{name}/glyphs:smoke")
+    config.unlock()
+    config.evals = {}
+    config.validation = {}
+    config.optimizer.schedule = {"name": "constant"}
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> list[float]:
+    return [row["loss"] for row in rows(workdir) if row["kind"] == "train"]
+
+
+def params(workdir: Path) -> dict:
+    return xattn.load(workdir, "latest")[1]["params"]
+
+
+def assert_equal_trees(a: dict, b: dict) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_finished_run_continues_with_more_steps_as_if_never_finished(tmp_path):
+    train(smoke(num_steps=6, ema_decay=0.9), tmp_path / "whole")
+    train(smoke(num_steps=3, ema_decay=0.9), tmp_path / "parts")
+    train(smoke(num_steps=6, ema_decay=0.9), tmp_path / "parts")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert len(rows(tmp_path / "whole")) == 6
+    assert_equal_trees(params(tmp_path / "whole"), params(tmp_path / "parts"))
+
+
+def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
+    config = smoke(num_steps=6, checkpoint__every=100)
+    train(config, tmp_path / "whole")
+    stream = data.batches
+
+    def interrupted(*args, **kwargs):
+        for index, batch in enumerate(stream(*args, **kwargs)):
+            if "start_step" in kwargs and kwargs["start_step"] == 0 and index == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(data, "batches", interrupted)
+    with pytest.raises(Preempted, match="stopped at step 3"):
+        train(config, tmp_path / "stopped")
+    train(config, tmp_path / "stopped")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
+
+
+# Orbax leaves the futures of reads that failed unretrieved, which Python reports when it collects them.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_latest_checkpoint_falls_back_with_a_warning(tmp_path, caplog):
+    train(smoke(num_steps=4), tmp_path)
+    before = losses(tmp_path)
+    files = [path for path in (tmp_path / "checkpoints" / "4").rglob("*") if path.is_file() and "/d/" in str(path)]
+    for path in files:
+        contents = bytearray(path.read_bytes())
+        contents[len(contents) // 2] ^= 1
+        path.write_bytes(contents)
+    train(smoke(num_steps=6), tmp_path)
+    assert "checkpoint 4 is damaged" in caplog.text
+    assert (tmp_path / "damaged" / "4").is_dir()
+    assert losses(tmp_path)[:4] == before
+    assert len(losses(tmp_path)) == 6
+
+
+def test_a_workdir_of_another_experiment_is_refused_untouched(tmp_path):
+    train(smoke(num_steps=1), tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UsageError, match=r"differs in model\.scale"):
+        train(smoke(num_steps=1, model__scale=3.0), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data8", "data2-fsdp2-tensor2"])
+def test_eight_devices_train_as_one(tmp_path, mesh):
+    """Same losses over 10 steps at 8 episodes a batch; dropout is on, so its random numbers agree too."""
+    common = dict(num_steps=10, pipeline__batch_size=8, model__support_dropout=0.1, checkpoint__every=10)
+    train(smoke("qsformer", **common), tmp_path / "one")
+    train(smoke("qsformer", **common, **{f"mesh__{axis}": size for axis, size in mesh.items()}), tmp_path / "eight")
+    assert len(losses(tmp_path / "one")) == 10
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_every_parameter_trains_and_frozen_ones_do_not(tmp_path):
+    train(smoke("qsformer", num_steps=1, checkpoint__every=1), tmp_path / "one")
+    train(smoke("qsformer", num_steps=2, checkpoint__every=1), tmp_path / "two")
+    unchanged = jax.tree.map(np.array_equal, params(tmp_path / "one"), params(tmp_path / "two"))
+    paths = [jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_flatten_with_path(unchanged)[0] if same]
+    # A softmax does not see a constant in the keys: their biases have no gradient but rounding.
+    assert all("['key']['bias']" in path for path in paths), paths
+
+    config = smoke("qsformer", num_steps=1, checkpoint__every=1, model__freeze_patchformer=True)
+    train(config, tmp_path / "frozen_one")
+    config.num_steps = 2
+    train(config, tmp_path / "frozen_two")
+    one, two = params(tmp_path / "frozen_one"), params(tmp_path / "frozen_two")
+    assert_equal_trees(one["patchformer"], two["patchformer"])
+    assert not np.array_equal(one["block_0"]["projection"]["kernel"], two["block_0"]["projection"]["kernel"])
+
+
+@pytest.mark.slow
+def test_killed_runs_continue_bit_for_bit(tmp_path, capsys):
+    drill(5, tmp_path)
+    assert capsys.readouterr().out.count("equal to the untouched run") == 5
