@@ -57,7 +57,7 @@ def test_mistakes_in_a_config(tmp_path, capsys, arguments, sentence):
 def test_heads_that_do_not_divide(tmp_path, capsys):
     arguments = ["--config=qsformer/glyphs:smoke", "--config.model.encoder.num_heads=3", f"--workdir={tmp_path / 'run'}"]
     said = refused(capsys, "train", *arguments)
-    assert "3" in said and "8" in said and "divide" in said
+    assert "qk_features 8 is not divisible by num_heads 3" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -69,7 +69,7 @@ def test_config_and_verb_by_their_nearest_name(capsys):
 
 
 def test_image_folders(tmp_path, folders, capsys):
-    few = ["--config=qsformer/miniimagenet:smoke", f"--workdir={tmp_path / 'run'}"]
+    few = ["--config=qsformer/miniimagenet", f"--workdir={tmp_path / 'run'}"]
     said = refused(capsys, "train", *few, f"--config.data.root={tmp_path / 'nowhere'}")
     assert "nowhere" in said
     said = refused(capsys, "train", *few, f"--config.data.root={folders}", "--config.pipeline.ways=2")
@@ -84,7 +84,7 @@ def test_workdirs(tmp_path, capsys):
     other = refused(capsys, "train", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.model.scale=2.0")
     assert "belongs to another config (it differs in model.scale)" in other
     assert "holds no run" in refused(capsys, "eval", f"--workdir={tmp_path}")
-    assert "no checkpoint 7" in refused(capsys, "eval", f"--workdir={tmp_path / 'run'}", "--step=7")
+    assert "has no checkpoint '7': it has 1" in refused(capsys, "eval", f"--workdir={tmp_path / 'run'}", "--step=7")
     assert "give --workdir" in refused(capsys, "eval")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
@@ -98,8 +98,8 @@ def test_list_and_help_name_everything(capsys):
         assert name in listed
     assert main([]) == 2
     assert main(["--help"]) == 0
+    assert "xattn VERB" in capsys.readouterr().out
     for verb in ("train", "eval", "inspect", "list"):
-        assert verb in capsys.readouterr().out or True
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0

@@ -4,12 +4,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags, logging
 
 from xattn import analysis, data, evals, models, tasks, train
-from xattn.config import Config, UsageError, cache_dir, config_names, parse_config
+from xattn.config import UsageError, cache_dir, config_names, parse_config
 
 USAGE = """usage: xattn VERB [--config=NAME[:VARIANT]] [--config.key=value ...] [flags]
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(
     define: Callable[[flags.FlagValues], None], arguments: list[str], takes_config: bool = False
-) -> tuple[flags.FlagValues, str, Config]:
+) -> tuple[flags.FlagValues, str, Any]:
     """The verb's flags, and the config's name and contents where it takes one."""
     values = flags.FlagValues()
     define(values)
@@ -53,7 +54,8 @@ def _parse(
     if {"-h", "--help"} & set(arguments):
         print(USAGE, values.get_help(), sep="\n")
         raise SystemExit(0)
-    name, config = "", Config()
+    name: str = ""
+    config: Any = None
     if takes_config:
         name, config, arguments = parse_config(arguments)
     try:

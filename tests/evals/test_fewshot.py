@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn import evals, models
+from xattn import data, evals, models, tasks
 from xattn.config import UsageError, load_config
+from xattn.evals.episode_picture import _weights, draw_episode
 from xattn.evals.fewshot import fewshot, half_width, nearest_centroid, untrained
 from xattn.evals.report import compare_workdirs, evaluate_workdir
 from xattn.train import train
@@ -67,8 +68,6 @@ def test_prototypes_are_the_means_of_the_shots():
 def test_embedding_once_equals_whole_episodes(config, monkeypatch):
     """An encoder that sees images one by one gives the same answers both ways, on every branch."""
     model = models.build(config.model.to_dict(), dtype="float32")
-    from xattn import data, tasks
-
     variables = untrained(model, tasks.build(config.task.to_dict()), data.build(config.data.to_dict(), split="test"))
     once = fewshot(model, variables, config, **FEW)
     monkeypatch.setattr(type(model), "independent_features", False)
@@ -81,8 +80,6 @@ def test_embedding_once_equals_whole_episodes(config, monkeypatch):
 
 def test_the_setting_is_stated_and_overrides_change_it(config):
     model = models.build(config.model.to_dict(), dtype="float32")
-    from xattn import data, tasks
-
     variables = untrained(model, tasks.build(config.task.to_dict()), data.build(config.data.to_dict(), split="test"))
     assert fewshot(model, variables, config, **FEW)["transductive"]
     assert not fewshot(model, variables, config, **FEW, overrides={"query_self_attn": "diagonal"})["transductive"]
@@ -129,9 +126,6 @@ def test_runs_are_compared_on_the_same_episodes(two_runs, capsys):
 
 
 def test_the_picture_shows_the_attention_of_the_episode(two_runs, config, tmp_path):
-    from xattn import data, tasks
-    from xattn.evals.episode_picture import _weights, draw_episode
-
     model = models.build(config.model.to_dict(), dtype="float32")
     task = tasks.build(config.task.to_dict())
     source = data.build(config.data.to_dict(), split="test")
@@ -139,7 +133,8 @@ def test_the_picture_shows_the_attention_of_the_episode(two_runs, config, tmp_pa
     path = draw_episode(model, variables, config, tmp_path / "plots" / "episode.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     batch = {"support": source.images(np.zeros((3, 1), int)), "query": source.images(np.arange(4))}
-    outputs, captured = model.apply(variables, *task.inputs(jax.tree.map(jnp.asarray, batch)), mutable=["intermediates"])
+    apply = jax.jit(lambda batch: model.apply(variables, *task.inputs(batch), mutable=["intermediates"]))
+    outputs, captured = apply(batch)
     weights, title = _weights(outputs, captured["intermediates"])
     np.testing.assert_allclose(weights * model.num_blocks, outputs["global_scores"], rtol=1e-6)
     assert "attention" in title

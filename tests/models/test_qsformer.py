@@ -332,7 +332,8 @@ def test_configs_hold_the_published_settings(name):
     config = load_config(f"qsformer/{name}").to_dict()
     encoder = config["model"].pop("encoder")
     keywords = dict(VARIANTS[name])
-    assert encoder == dict(name="cife", backbone=dict(name="resnet12")) | keywords.pop("encoder")
+    expected = dict(name="cife", backbone=dict(name="resnet12"), attn_axis="tokens")
+    assert encoder == expected | keywords.pop("encoder")
     assert {key: config["model"][key] for key in keywords} == keywords
     assert config["task"]["mean"] == PREPROCESSING["mean"] and config["task"]["std"] == PREPROCESSING["std"]
     released = load_config(f"qsformer/{name}:released")

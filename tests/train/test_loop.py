@@ -15,12 +15,15 @@ from xattn.config import Config, UsageError, load_config
 from xattn.train import Preempted, train
 
 
+VALIDATION = dict(name="fewshot", split="val", queries=2, num_episodes=3, metric="accuracy")
+
+
 def smoke(name: str = "protonet", **changes: object) -> Config:
     """A smoke config without evaluations, so that a run is its steps alone; `a__b` changes the key a.b."""
     config = load_config(f"{name}/glyphs:smoke")
     config.unlock()
     config.evals = {}
-    config.validation = {}
+    config.validation = changes.pop("validation", {})
     config.optimizer.schedule = {"name": "constant"}
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
@@ -97,7 +100,9 @@ def test_a_workdir_of_another_experiment_is_refused_untouched(tmp_path):
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data8", "data2-fsdp2-tensor2"])
 def test_eight_devices_train_as_one(tmp_path, mesh):
     """Same losses over 10 steps at 8 episodes a batch; dropout is on, so its random numbers agree too."""
+    encoder = {"name": "conv4", "widths": (8, 8, 8, 8), "norm": "group", "pool_last": False}
     common = dict(num_steps=10, pipeline__batch_size=8, model__support_dropout=0.1, checkpoint__every=10)
+    common |= dict(model__encoder=encoder, validation=dict(VALIDATION, every=10))
     train(smoke("qsformer", **common), tmp_path / "one")
     train(smoke("qsformer", **common, **{f"mesh__{axis}": size for axis, size in mesh.items()}), tmp_path / "eight")
     assert len(losses(tmp_path / "one")) == 10

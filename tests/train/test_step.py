@@ -200,6 +200,29 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(bad, accumu
     np.testing.assert_allclose(metrics["learning_rate"], schedule(3), rtol=1e-6)
 
 
+class Kinked(Squares):
+    """Has no gradient where `bend` is 0, and a loss that is not finite where `offset` is not."""
+
+    def __call__(self, model, variables, batch, **kwargs):
+        output = model.apply(variables, batch["x"])
+        loss = jnp.linalg.norm(batch["bend"] * output) + batch["offset"].sum()
+        return loss, {"loss": loss}, {}
+
+
+def test_a_loss_or_a_gradient_alone_that_is_not_finite_is_enough():
+    model, task, optimizer = Regressor(), Kinked(), optax.sgd(0.1)
+    step = jax.jit(make_train_step(model, task, optimizer, optax.constant_schedule(0.1), 7))
+    state = setup(plain=True)[0]()
+    base = batch(0) | {"bend": np.float32(1), "offset": np.zeros(12, np.float32)}
+    after, _ = step(state, base)
+    assert int(after.skipped) == 0
+    for name, value, finite in (("bend", np.float32(0), "loss"), ("offset", np.full(12, np.nan), "grad_norm")):
+        after, metrics = step(state, base | {name: np.float32(value)})
+        assert int(after.skipped) == 1
+        assert [key for key in ("loss", "grad_norm") if np.isfinite(metrics[key])] == [finite]
+        equal(after.params, state.params)
+
+
 def test_the_step_keeps_the_types_of_the_state():
     """A state that changed its types would be compiled for twice, and could not be restored."""
     create, step, *_ = setup(running=True, ema_decay=0.9)

@@ -76,8 +76,8 @@ class Checkpoints:
 
     def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
         self._scores.pop(step, None)
-        if self.metric in metrics and not math.isnan(metrics[self.metric]):
-            self._scores[step] = metrics[self.metric]
+        if not math.isnan(score := metrics.get(self.metric or "", math.nan)):
+            self._scores[step] = score
 
     def save(
         self, step: int, model: Any, training: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None

@@ -98,7 +98,7 @@ def half_width(values: Float[np.ndarray, "E"]) -> float:
 
 def untrained(model: nn.Module, task: Any, source: data.ImageSource) -> dict[str, Any]:
     """The variables that training would start from (seed 0)."""
-    images = source.images(np.zeros((1, 1, 1), int))
+    images = jnp.zeros((1, 1, 1, *source.image_shape), jnp.uint8)
     batch = {"support": images, "query": images[:, 0]}
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     return meta.unbox(jax.jit(lambda: model.init(rngs, *task.inputs(batch)))())

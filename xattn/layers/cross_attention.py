@@ -93,6 +93,9 @@ class CrossAttention(nn.Module):
       param_dtype: of the parameters.
       kernel_init, bias_init: of `query`, `key`, `value`, `out`.
       out_kernel_init: of `out`; `kernel_init` by default.
+
+    Deviations: unlike Linen's module, a query without any key gets zeros from the values instead of their
+    mean, the softmax is in float32 whatever `dtype` is, and dropout differs between batch entries and heads.
     """
 
     num_heads: int

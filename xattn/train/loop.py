@@ -54,6 +54,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     )
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
+    data.batches(source, pipeline)  # refuses what the source cannot give
 
     # State: planned without memory, then restored into its shardings, or created in them.
     with use_mesh(mesh):

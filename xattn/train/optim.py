@@ -77,11 +77,12 @@ def lamb(
 
 def _scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     # optax would count the updates that were made; with some left out, the schedule would lag behind the step.
-    def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
-        return jax.tree.map(lambda u: (-schedule(step) * u).astype(u.dtype), updates), state
+        rate = schedule(extra["step"])
+        return jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb}

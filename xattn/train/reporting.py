@@ -50,7 +50,7 @@ class Reporter:
     ):
         self._workdir, self._num_steps, self._batch_size = workdir, num_steps, batch_size
         self._max_skipped = max_skipped
-        self._stream = stream or sys.stdout
+        self._stream: Any = stream or sys.stdout
         self._plain_every = max(1, num_steps // PLAIN_LINES)
         self._next_plain = start_step
         self._clock = (time.perf_counter(), start_step)

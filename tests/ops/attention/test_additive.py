@@ -80,6 +80,6 @@ def test_dropout_divides_what_it_keeps(arrays):
 
 def test_energy_of_another_shape(arrays):
     scores = getattr(additive.additive_scores, "__wrapped__", additive.additive_scores)
-    options = dict.fromkeys(("bias", "mask", "logits_soft_cap")) | {"scale": 1.0}
+    options = {"bias": None, "mask": Mask(), "scale": 1.0, "logits_soft_cap": None}
     with pytest.raises(ValueError, match=r"energy \(2, 8\) must be \[H, D\] of the query, \(4, 8\)"):
         scores(arrays["query"], arrays["key"], jnp.zeros((2, 8)), **options)

@@ -67,7 +67,7 @@ def additive_scores(
     energy: Float[Array, "H D"],
     *,
     bias: Float[Array, "..."] | None,
-    mask: Mask | None,
+    mask: Mask,
     scale: Any,
     logits_soft_cap: float | None,
 ) -> Float[Array, "*B H N M"]:
@@ -84,5 +84,5 @@ def additive_scores(
 
     rows = jax.lax.map(row, jnp.moveaxis(query, -3, 0), batch_size=max(1, BLOCK_ELEMENTS // math.prod(key.shape)))
     scores = jnp.moveaxis(rows, 0, -2) * jnp.asarray(scale, dtype)[..., None, None]
-    block = None if mask is None else mask.as_array(query.shape[-3], key.shape[-3])
+    block = mask.block(0, query.shape[-3], 0, key.shape[-3])
     return cap_bias_mask(scores, bias=bias, mask=block, logits_soft_cap=logits_soft_cap)

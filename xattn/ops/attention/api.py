@@ -116,7 +116,7 @@ def attention_weights(
         key,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         bias=bias,
-        mask=None if mask is None else mask.as_array(query.shape[-3], key.shape[-3]),
+        mask=mask.block(0, query.shape[-3], 0, key.shape[-3]),
         logits_soft_cap=logits_soft_cap,
     )
     return xla.softmax(scores)[0]
@@ -131,7 +131,7 @@ def checked_mask(
     scale: Any,
     dropout_rate: float = 0.0,
     dropout_rng: Any = None,
-) -> Mask | None:
+) -> Mask:
     """Raises ValueError unless the arguments of an attention function fit; returns the mask as a `Mask`."""
     q, k, v = query.shape, key.shape, value.shape
     if not len(q) == len(k) == len(v) >= 3:
@@ -151,15 +151,18 @@ def checked_mask(
     if np.shape(scale) not in ((), (q[-2],)):
         raise ValueError(f"scale {np.shape(scale)} must be one number, or one for each of {q[-2]} heads.")
 
-    if mask is not None and not isinstance(mask, Mask):
+    if not isinstance(mask, Mask):
         mask = Mask(dense=mask)
     scores = (*q[:-3], q[-2], q[-3], k[-3])
-    fits = [("bias", bias, scores)]
-    if mask is not None:
-        queries, keys = (*q[:-3], q[-3]), (*q[:-3], k[-3])
-        fits += [("mask", mask.dense, scores), ("q_mask", mask.q_mask, queries), ("kv_mask", mask.kv_mask, keys)]
-        for q_segments, kv_segments in mask.segments:
-            fits += [("q_segments", q_segments, queries), ("kv_segments", kv_segments, keys)]
+    queries, keys = (*q[:-3], q[-3]), (*q[:-3], k[-3])
+    fits = [
+        ("bias", bias, scores),
+        ("mask", mask.dense, scores),
+        ("q_mask", mask.q_mask, queries),
+        ("kv_mask", mask.kv_mask, keys),
+    ]
+    for q_segments, kv_segments in mask.segments:
+        fits += [("q_segments", q_segments, queries), ("kv_segments", kv_segments, keys)]
     for name, array, shape in fits:
         if array is not None and not _broadcasts(array.shape, shape):
             hint = "; padding of the keys is Mask(kv_mask=...)" if name == "mask" else ""

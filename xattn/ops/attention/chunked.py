@@ -43,7 +43,7 @@ def attend(
     value: Float[Array, "*B M G Dv"],
     *,
     bias: Float[Array, "..."] | None,
-    mask: Mask | None,
+    mask: Mask,
     scale: Any,
     logits_soft_cap: float | None,
     dropout_rate: float,
@@ -124,10 +124,10 @@ class _Block(NamedTuple):
     columns: jax.Array
 
 
-def _block(bias: Any, mask: Any, rows: Any, n: Any, height: int, m: Any, width: int) -> _Block:
+def _block(bias: Any, mask: Mask, rows: Any, n: Any, height: int, m: Any, width: int) -> _Block:
     return _Block(
         None if bias is None else take(take(bias, n, height, -2), m, width, -1),
-        None if mask is None else mask.block(n, height, m, width),
+        mask.block(n, height, m, width),
         None if rows is None else tuple(take(x, n, height, -1) for x in rows),
         m + jnp.arange(width),
     )

@@ -16,7 +16,7 @@ def attend(
     value: Float[Array, "*B M G Dv"],
     *,
     bias: Float[Array, "..."] | None,
-    mask: Mask | None,
+    mask: Mask,
     scale: Any,
     logits_soft_cap: float | None,
     dropout_rate: float,
@@ -41,8 +41,7 @@ def attend(
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
     if bias is not None:
         scores = scores + bias
-    if mask is not None:
-        scores = jnp.where(mask.as_array(num_queries, num_keys), scores, -jnp.inf)
+    scores = jnp.where(mask.as_array(num_queries, num_keys), scores, -jnp.inf)
 
     empty = jnp.all(scores == -jnp.inf, axis=-1)
     # Softmax of a row of -inf is NaN, and so is its gradient: such rows are computed as zeros.

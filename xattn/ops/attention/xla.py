@@ -78,7 +78,7 @@ def attend(
     value: Float[Array, "*B M G Dv"],
     *,
     bias: Float[Array, "..."] | None,
-    mask: Mask | None,
+    mask: Mask,
     scale: Any,
     logits_soft_cap: float | None,
     dropout_rate: float,
@@ -91,7 +91,7 @@ def attend(
             key,
             scale=scale,
             bias=bias,
-            mask=None if mask is None else mask.as_array(query.shape[-3], key.shape[-3]),
+            mask=mask.block(0, query.shape[-3], 0, key.shape[-3]),
             logits_soft_cap=logits_soft_cap,
         )
     )
