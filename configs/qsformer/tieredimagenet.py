@@ -4,6 +4,8 @@ The folder is given by --config.data.root=DIR, in a layout of `xattn.data.folder
 encoder that was trained to tell the training classes apart; without one, training starts from random weights.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from xattn.config import check_variant
@@ -15,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """Variants: "" (the corrected model), "released" (as the released code trains it), "smoke" (seconds, glyphs)."""
     check_variant(arg, ("released", "smoke"))
     episodes = dict(name="fewshot", split="test", ways=5, shots=1, queries=15, num_episodes=5000, seed=0)
-    config = dict(
+    config: dict[str, Any] = dict(
         model=dict(
             name="qsformer",
             encoder=dict(

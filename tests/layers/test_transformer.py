@@ -29,9 +29,7 @@ def feed_forward(params, x):
 
 @pytest.fixture
 def tokens():
-    return normal(2, 3, 5, WIDTH, seed=2), jax.random.normal(
-        jax.random.key(3), (2, 3, 4, WIDTH)
-    )
+    return normal(2, 3, 5, WIDTH, seed=2), normal(2, 3, 4, WIDTH, seed=3)
 
 
 def test_encoder_layer_is_post_norm(tokens):

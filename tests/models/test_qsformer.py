@@ -16,6 +16,7 @@ from xattn.models import build
 from xattn.models.qsformer import CIFE, VARIANTS, QSFormer, fit_prototypes
 from xattn.models.resnet12 import ResNet12
 from xattn.ops.emd import emd_scores
+from xattn.train.optim import make_optimizer
 
 BACKBONE = dict(name="conv4", widths=(4, 4, 8, 8), num_groups=2, pool_last=False)
 ENCODER = dict(name="cife", backbone=BACKBONE, num_heads=2, mlp_dim=16)
@@ -244,9 +245,15 @@ def test_every_parameter_gets_a_gradient_and_patchformer_can_be_frozen():
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not name.endswith("key/bias"):  # adds the same to all scores of a query, which softmax takes away again
             assert jnp.abs(leaf).max() > 1e-7, name
-    assert model.frozen_parameters == ()
-    assert build(CONFIG | dict(freeze_patchformer=True)).frozen_parameters == ("patchformer",)
-    assert "patchformer" in gradient
+
+    config = dict(name="sgd", learning_rate=0.1, schedule=dict(name="constant"), weight_decay=0.1, decay="all")
+    for frozen in (False, True):
+        model = build(CONFIG | dict(freeze_patchformer=frozen))
+        optimizer, _ = make_optimizer(config, 1, model.frozen_parameters)
+        params = variables_of()["params"]
+        updates, _ = jax.jit(lambda g, p, opt=optimizer: opt.update(g, opt.init(p), p))(gradient, params)
+        still = {name for name, update in updates.items() if all((x == 0).all() for x in jax.tree.leaves(update))}
+        assert still == ({"patchformer"} if frozen else set())
 
 
 def test_dropout_is_drawn_in_training_alone():

@@ -14,7 +14,6 @@ from xattn import data
 from xattn.config import Config, UsageError, load_config
 from xattn.train import Preempted, train
 
-
 VALIDATION = dict(name="fewshot", split="val", queries=2, num_episodes=3, metric="accuracy")
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -100,7 +101,7 @@ def to_torch(config: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[st
 
 def encoder_from_torch(
     config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray], **overrides: Any
-) -> tuple[CIFE, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """The image encoder alone, of a pre-trained or a meta-trained state dict; arguments as of `from_torch`."""
     encoder = _model(config, overrides).encoder
     state_dict = {
@@ -116,13 +117,15 @@ def encoder_to_torch(config: Mapping[str, Any], variables: Mapping[str, Any]) ->
     return _write(_encoder_tensors(_model(config, {}).encoder, ""), _unused_of_encoder(), variables)
 
 
-def released_parameters(model: QSFormer) -> dict[str, int]:
+def released_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of the released code that it never uses and that `model` leaves out: official name to size.
 
     With them, the parameters of the four `VARIANTS` count 46,484,480 (mini- and tieredImageNet), 52,805,888 (FC100) and
     40,163,072 (CUB), as published. Empty for a model that is not built on CIFE and ResNet-12.
     """
-    if not isinstance(model.encoder, CIFE) or not isinstance(model.encoder.backbone, ResNet12):
+    if not isinstance(model, QSFormer) or not isinstance(model.encoder, CIFE):
+        return {}
+    if not isinstance(model.encoder.backbone, ResNet12):
         return {}
     return {name: math.prod(shape) for name, (shape, _) in _unused_of_blocks(model).items()}
 
@@ -243,16 +246,17 @@ def _layer(name: str, path: str, width: int, heads: int, mlp_dim: int, *, memory
     return tensors
 
 
-def _encoder_tensors(encoder: CIFE, prefix: str) -> dict[str, _Tensor]:
+def _encoder_tensors(encoder: nn.Module, prefix: str) -> dict[str, _Tensor]:
     tensors = {}
     widths = (3, *encoder.backbone.widths)
-    for s, (inputs, width) in enumerate(itertools.pairwise(widths)):
+    width = widths[-1]
+    for s, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         name, path = f"encoder.layer{s + 1}.0", f"{prefix}backbone/stage_{s}"
         for i in range(3):
-            tensors |= _conv(f"{name}.conv{i + 1}", f"{path}/conv_{i}", inputs if i == 0 else width, width, 3)
-            tensors |= _batch_norm(f"{name}.bn{i + 1}", f"{path}/norm_{i}", width)
-        tensors |= _conv(f"{name}.downsample.0", f"{path}/conv_shortcut", inputs, width, 1)
-        tensors |= _batch_norm(f"{name}.downsample.1", f"{path}/norm_shortcut", width)
+            tensors |= _conv(f"{name}.conv{i + 1}", f"{path}/conv_{i}", inputs if i == 0 else outputs, outputs, 3)
+            tensors |= _batch_norm(f"{name}.bn{i + 1}", f"{path}/norm_{i}", outputs)
+        tensors |= _conv(f"{name}.downsample.0", f"{path}/conv_shortcut", inputs, outputs, 1)
+        tensors |= _batch_norm(f"{name}.downsample.1", f"{path}/norm_shortcut", outputs)
     layer = (width, encoder.num_heads, encoder.mlp_dim)
     tensors |= _conv("encoder.conv_3", f"{prefix}conv_3", widths[-2], width, 4)
     tensors["encoder.conv_3.bias"] = _vector(width, f"params/{prefix}conv_3/bias")

@@ -1,5 +1,7 @@
 """Convolution and normalisation of image encoders, with logical axis names."""
 
+from typing import Any
+
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
@@ -47,7 +49,7 @@ def image_norm(
     biased estimate as in all of Flax. `axis_name` is the mapped axis over which the statistics are averaged as well
     (pmap, shard_map); under jit over a mesh they are global already. GroupNorm looks at one image at a time.
     """
-    common = dict(
+    common: dict[str, Any] = dict(
         epsilon=1e-5,
         dtype=dtype,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),

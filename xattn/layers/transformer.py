@@ -7,6 +7,8 @@ Attention weights drop at the same rate. Initialisers are torch's: attention pro
 [3C, C] matrix with zero biases, output projection and Dense layers uniform in +-1/sqrt(fan_in). No positions are added.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -75,7 +77,9 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B N C"], *, deterministic: bool = True) -> Float[Array, "*B N C"]:
         drop = nn.Dropout(self.dropout_rate, deterministic=deterministic)
-        attend = dict(num_heads=self.num_heads, dropout_rate=self.dropout_rate, attention=self.attention)
+        attend: dict[str, Any] = dict(
+            num_heads=self.num_heads, dropout_rate=self.dropout_rate, attention=self.attention
+        )
         attention = torch_attention(x.shape[-1], **attend, dtype=self.dtype, name="self_attn")
         x = layer_norm(dtype=self.dtype, name="norm1")(x + drop(attention(x, deterministic=deterministic)))
         mapped = FeedForward(self.mlp_dim, self.dropout_rate, self.dtype, name="mlp")(x, deterministic=deterministic)
@@ -96,7 +100,9 @@ class DecoderLayer(nn.Module):
         self, x: Float[Array, "*B N C"], memory: Float[Array, "*B M C"], *, deterministic: bool = True
     ) -> Float[Array, "*B N C"]:
         drop = nn.Dropout(self.dropout_rate, deterministic=deterministic)
-        attend = dict(num_heads=self.num_heads, dropout_rate=self.dropout_rate, attention=self.attention)
+        attend: dict[str, Any] = dict(
+            num_heads=self.num_heads, dropout_rate=self.dropout_rate, attention=self.attention
+        )
         attention = torch_attention(x.shape[-1], **attend, dtype=self.dtype, name="self_attn")
         x = layer_norm(dtype=self.dtype, name="norm1")(x + drop(attention(x, deterministic=deterministic)))
         attention = torch_attention(x.shape[-1], **attend, dtype=self.dtype, name="cross_attn")

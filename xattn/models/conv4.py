@@ -6,6 +6,8 @@ Deviations: GroupNorm with 8 groups by default (the paper has BatchNorm), so tha
 depends on the images beside it; widths 32-64-64-64 (64 throughout); no bias in front of the norm.
 """
 
+from typing import Any
+
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
@@ -35,11 +37,11 @@ class Conv4(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "*B H W C"], *, train: bool = False) -> tuple[Float[Array, "..."], ...]:
         """Returns the feature map [*B, h, w, width] of every stage, the last one last."""
-        norm = dict(kind=self.norm, num_groups=self.num_groups, axis_name=self.axis_name, dtype=self.dtype)
+        norm: dict[str, Any] = dict(kind=self.norm, num_groups=self.num_groups, axis_name=self.axis_name)
         x, stages = images, []
         for i, width in enumerate(self.widths):
             x = conv(width, 3, dtype=self.dtype, name=f"conv_{i}")(x)
-            x = nn.relu(image_norm(x, train=train, name=f"norm_{i}", **norm))
+            x = nn.relu(image_norm(x, train=train, dtype=self.dtype, name=f"norm_{i}", **norm))
             if self.pool_last or i < len(self.widths) - 1:
                 x = max_pool(x)
             stages.append(x)

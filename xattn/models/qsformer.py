@@ -105,7 +105,7 @@ class CIFE(nn.Module):
         memory, x = _tokens(memory), _tokens(fourth)
         if self.attn_axis == "batch":
             memory, x = memory.swapaxes(-3, -2), x.swapaxes(-3, -2)
-        layer = dict(
+        layer: dict[str, Any] = dict(
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             dropout_rate=self.dropout_rate,
@@ -150,7 +150,7 @@ class SampleFormer(nn.Module):
         _one_of("query_self_attn", self.query_self_attn, ("joint", "diagonal"))
         _one_of("projection_norm", self.projection_norm, ("layer", "l2"))
         width = query.shape[-1]
-        common = dict(num_heads=self.num_heads, attention=self.attention, dtype=self.dtype)
+        common: dict[str, Any] = dict(num_heads=self.num_heads, attention=self.attention, dtype=self.dtype)
         encode = EncoderLayer(mlp_dim=self.mlp_dim, dropout_rate=self.support_dropout, **common, name="encoder_layer")
         support = encode(support, deterministic=deterministic)
 
@@ -327,7 +327,7 @@ class QSFormer(nn.Module):
         support = self._prototypes(_tokens(support))
         query_maps, query = query, _tokens(query)
 
-        s, x, m_g = support.mean(-2), query.mean(-2), 0.0
+        s, x, m_g = support.mean(-2), query.mean(-2), jnp.float32(0)
         for i in range(self.num_blocks):
             block = SampleFormer(
                 num_heads=self.num_heads,

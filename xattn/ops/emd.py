@@ -77,7 +77,8 @@ def sinkhorn_plan(
     def kernel(f, g):
         return jnp.exp((f[..., :, None] + g[..., None, :] - cost) / epsilon)
 
-    def project(f, g, steps):
+    def project(duals, steps):
+        f, g = duals
         k = kernel(f, g)
 
         def step(_, scalings):
@@ -91,8 +92,9 @@ def sinkhorn_plan(
     f = cost.min(-1)
     g = (cost - f[..., :, None]).min(-2)
     rounds, rest = divmod(iterations, _ABSORB_EVERY)
-    f, g = jax.lax.fori_loop(0, rounds, lambda _, duals: project(*duals, _ABSORB_EVERY), (f, g))
-    return kernel(*(project(f, g, rest) if rest else (f, g)))
+    duals = jax.lax.fori_loop(0, rounds, lambda _, duals: project(duals, _ABSORB_EVERY), (f, g))
+    f, g = project(duals, rest) if rest else duals
+    return kernel(f, g)
 
 
 def exact_plan(
@@ -142,9 +144,9 @@ def emd_scores(
         raise ValueError(f"solver '{solver}' is none of {', '.join(SOLVERS)}.")
     query, support = query.astype(jnp.float32), support.astype(jnp.float32)
     similarity = pearson_similarity(query, support)
-    problem = jax.lax.stop_gradient((1 - similarity, *node_weights(query, support)))
+    cost, query_mass, support_mass = jax.lax.stop_gradient((1 - similarity, *node_weights(query, support)))
     if solver == "exact":
-        plan = exact_plan(*problem)
+        plan = exact_plan(cost, query_mass, support_mass)
     else:
-        plan = sinkhorn_plan(*problem, epsilon=epsilon, iterations=iterations)
+        plan = sinkhorn_plan(cost, query_mass, support_mass, epsilon=epsilon, iterations=iterations)
     return temperature / query.shape[-2] * (similarity * jax.lax.stop_gradient(plan)).sum((-2, -1))

@@ -49,7 +49,7 @@ class FewShot:
         batch: Mapping[str, Array],
         *,
         train: bool,
-        rngs: Mapping[str, PRNGKeyArray] | None = None,
+        rngs: dict[str, PRNGKeyArray] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], dict[str, Any]]:
         """Loss of `batch`, means over its episodes and queries.
 
