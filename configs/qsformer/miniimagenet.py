@@ -90,13 +90,14 @@ def get_config(arg: str = "") -> ConfigDict:
         config["model"]["freeze_patchformer"] = True
     if arg == "smoke":
         # A narrow model on 32 x 32 images of one channel: without the last pool there are 16 tokens an image.
-        config["model"] |= dict(num_blocks=2, mlp_dim=32, prototypes="mean")
+        config["model"] |= dict(num_blocks=1, mlp_dim=16, prototypes="mean")
         config["model"]["encoder"] |= dict(
-            backbone=dict(name="resnet12", widths=(8, 8, 16, 16), pool_last=False), num_heads=2, mlp_dim=32
+            backbone=dict(name="resnet12", widths=(8, 8, 16, 16), pool_last=False), num_heads=2, mlp_dim=16
         )
         config["task"] |= dict(mean=0.5, std=0.5)
         config["data"] = dict(name="glyphs", jitter="strong")
-        config["validation"] |= dict(num_episodes=4, every=2)
-        config["evals"] = {"5way_1shot": episodes | dict(num_episodes=4)}
+        config["pipeline"]["queries"] = 2
+        config["validation"] |= dict(queries=2, num_episodes=4, every=4)
+        config["evals"] = {"5way_1shot": episodes | dict(queries=2, num_episodes=4)}
         config |= dict(num_steps=4, log_every=1, checkpoint=dict(every=2, keep=2))
     return ConfigDict(config)
