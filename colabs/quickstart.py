@@ -97,7 +97,10 @@ display(Image(draw_episode(model, variables, config, workdir / "plots" / "episod
 
 # %%
 task = tasks.build(config.task.to_dict())
-batch = {"support": jnp.asarray(source.images(episode["support"])), "query": jnp.asarray(source.images(episode["query"]))}
+batch = {
+    "support": jnp.asarray(source.images(episode["support"])),
+    "query": jnp.asarray(source.images(episode["query"])),
+}
 outputs, state = model.apply(variables, *task.inputs(batch), mutable=["intermediates"])
 weights = state["intermediates"]["block_0"]["attention_weights"][0]
 print("weights of block 0 [heads, queries, classes]:", weights.shape, "rows sum to", np.asarray(weights.sum(-1))[0, :3])

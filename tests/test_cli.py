@@ -55,7 +55,11 @@ def test_mistakes_in_a_config(tmp_path, capsys, arguments, sentence):
 
 
 def test_heads_that_do_not_divide(tmp_path, capsys):
-    arguments = ["--config=qsformer/glyphs:smoke", "--config.model.encoder.num_heads=3", f"--workdir={tmp_path / 'run'}"]
+    arguments = [
+        "--config=qsformer/glyphs:smoke",
+        "--config.model.encoder.num_heads=3",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     said = refused(capsys, "train", *arguments)
     assert "qk_features 8 is not divisible by num_heads 3" in said
     assert not (tmp_path / "run").exists()
@@ -120,9 +124,7 @@ def test_inspect_prints_one_json_object(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, released", [("miniimagenet", 46_484_480), ("fc100", 52_805_888), ("cub", 40_163_072)]
-)
+@pytest.mark.parametrize("name, released", [("miniimagenet", 46_484_480), ("fc100", 52_805_888), ("cub", 40_163_072)])
 def test_inspect_counts_the_published_models(capsys, name, released):
     assert main(["inspect", f"--config=qsformer/{name}", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

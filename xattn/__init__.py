@@ -1,6 +1,5 @@
 """Cross-attention, and the systems that stand on it, in JAX and Flax Linen."""
 
-
 from xattn.checkpoints import load
 
 __all__ = ["load"]

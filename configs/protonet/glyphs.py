@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
         dict(
             model=dict(
                 name="protonet",
-            scale=10.0,
+                scale=10.0,
                 encoder=dict(name="conv4", widths=(32, 64, 64, 64), norm="group", pool_last=False),
             ),
             task=dict(name="fewshot"),

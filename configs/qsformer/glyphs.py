@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 global_temperature=1.0,
                 emd_temperature=12.5,
                 query_self_attn="joint",
-            freeze_patchformer=False,
+                freeze_patchformer=False,
                 train_sinkhorn=(0.05, 20),
                 eval_sinkhorn=(0.05, 20),
             ),

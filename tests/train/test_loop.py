@@ -96,7 +96,9 @@ def test_a_workdir_of_another_experiment_is_refused_untouched(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data8", "data2-fsdp2-tensor2"])
+@pytest.mark.parametrize(
+    "mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data8", "data2-fsdp2-tensor2"]
+)
 def test_eight_devices_train_as_one(tmp_path, mesh):
     """Same losses over 10 steps at 8 episodes a batch; dropout is on, so its random numbers agree too."""
     encoder = {"name": "conv4", "widths": (8, 8, 8, 8), "norm": "group", "pool_last": False}
