@@ -46,9 +46,11 @@ class ClassFolders:
     image_size, channels = 84, 3
 
     def __init__(self, root: str | os.PathLike, split: str, image_size: int = image_size, augment: bool = False):
-        root = Path(root)
+        given, root = root, Path(root)
         if split not in SPLITS:
             raise UsageError(f"ClassFolders has no split '{split}': choose one of {', '.join(SPLITS)}.")
+        if not str(given):
+            raise UsageError("the folder of the data set is not given: add --config.data.root=DIR.")
         if not root.is_dir():
             raise UsageError(f"There is no folder '{root}': give the folder that holds the data set as root.")
         names = _class_names(root, split)
