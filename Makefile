@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml requirements/python3.11.txt requirements/python3.12.txt
 	$(BIN)/pip install --quiet --constraint $(PINS) --editable '.[$(EXTRAS)]'
 	touch $@
 
+# glibc gives large freed blocks back to the kernel, and every step faults them in again: keep them instead.
+train: export MALLOC_MMAP_MAX_ = 0
+train: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 train: install
 	$(BIN)/xattn train --config=protonet/glyphs --workdir=runs/protonet_glyphs
 	$(BIN)/xattn train --config=qsformer/glyphs --workdir=runs/qsformer_glyphs

@@ -92,7 +92,7 @@ def test_workdirs(tmp_path, capsys):
     assert "give --workdir" in refused(capsys, "eval")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    assert "is not empty" in refused(capsys, "train", SMOKE, f"--workdir={tmp_path / 'full'}")
+    assert "is no empty folder" in refused(capsys, "train", SMOKE, f"--workdir={tmp_path / 'full'}")
 
 
 def test_list_and_help_name_everything(capsys):

@@ -40,6 +40,7 @@ def get_config(arg=""):
             shuffle=True,
             widths=(32, 64),
             sinkhorn=(0.05, 20),
+            betas=(0.9, 0.99),
             nothing=None,
             empty={},
             model=dict(name="m", width=width, double=2 * width, inner=dict(drop=0.5)),
@@ -143,6 +144,7 @@ def test_the_config_and_its_overrides_may_be_separate_words(config_file):
         ("widths=4,5,6", "widths", (4, 5, 6)),
         ("widths=(4,)", "widths", (4,)),
         ("sinkhorn=1,2", "sinkhorn", (1, 2)),
+        ("betas=0,0.5", "betas", (0, 0.5)),
         ("model.inner.drop=0", "model.inner.drop", 0.0),
     ],
 )

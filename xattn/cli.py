@@ -10,6 +10,7 @@ import jax
 from absl import flags, logging
 
 from xattn import analysis, data, evals, models, tasks, train
+from xattn.checkpoints import DamagedCheckpoint
 from xattn.config import UsageError, cache_dir, config_names, parse_config
 
 USAGE = """usage: xattn VERB [--config=NAME[:VARIANT]] [--config.key=value ...] [flags]
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"xattn {verb}: {error}", file=sys.stderr)
         return 2
-    except train.NotFinite as error:
+    except (train.NotFinite, DamagedCheckpoint) as error:
         print(f"xattn {verb}: {error}", file=sys.stderr)
         return 1
 
@@ -83,7 +84,7 @@ def _train(arguments: list[str]) -> int:
         flags.DEFINE_string("workdir", None, "the run's folder (default: runs/NAME)", flag_values=values)
 
     values, name, config = _parse(define, arguments, takes_config=True)
-    workdir = Path(values.workdir or f"runs/{Path(name.replace('/', '_').replace(':', '_')).stem}")
+    workdir = Path(values.workdir or f"runs/{name.replace('.py', '').strip('/').replace('/', '_').replace(':', '_')}")
     try:
         train.train(config, workdir)
     except train.Preempted as stopped:
@@ -103,7 +104,7 @@ def _eval(arguments: list[str]) -> int:
     if values.workdir is None:
         raise UsageError("give --workdir=DIR, the folder of a run.")
     if values.against:
-        evals.compare_workdirs(Path(values.workdir), Path(values.against), values.step)
+        evals.compare_workdirs(Path(values.workdir), Path(values.against), values.step, values.only)
     else:
         evals.evaluate_workdir(Path(values.workdir), values.step, values.only)
     return 0

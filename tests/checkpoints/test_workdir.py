@@ -103,6 +103,12 @@ def test_a_foreign_folder_or_a_file_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_the_config_that_a_killed_run_began_to_write_is_no_foreign_file(tmp_path):
+    (tmp_path / ".config.json.4711").write_text('{"model": {')
+    open_workdir(tmp_path, config())
+    assert read_config(tmp_path).to_dict() == config().to_dict()
+
+
 # Atomic writes.
 
 
@@ -160,9 +166,9 @@ def test_best_is_the_latest_where_no_validation_ran(tmp_path):
         assert value(load_variables(tmp_path / name, "best")[1]) == 3  # no average: the parameters themselves
 
 
-def test_a_converted_model_at_step_zero_loads(tmp_path):
+def test_step_zero_may_be_the_best(tmp_path):
     open_workdir(tmp_path, config())
-    save(tmp_path, {0: None})
+    save(tmp_path, {0: 0.9, 1: 0.1})
     assert load_variables(tmp_path, "best")[0] == 0
 
 

@@ -87,7 +87,7 @@ def test_the_setting_is_stated_and_overrides_change_it(config):
 
 
 def test_unknown_method_and_evaluation_and_key_are_named(config):
-    with pytest.raises(UsageError, match="no few-shot method 'pixels': choose from model, pixel_centroid"):
+    with pytest.raises(UsageError, match="no few-shot method 'pixels': did you mean 'pixel_centroid'"):
         fewshot(Oracle("constant"), {}, config, **FEW, method="pixels")
     with pytest.raises(UsageError, match="no evaluation 'fewshots': did you mean 'fewshot'"):
         evals.run({"name": "fewshots"}, Oracle("constant"), {}, config)

@@ -113,14 +113,11 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
         np.testing.assert_allclose(speeds[1][step], 4 * speeds[0][step], rtol=1e-5)  # four examples a step
 
 
-def test_tensorboard_hides_the_rows_that_a_continued_run_repeats(tmp_path):
+def test_tensorboard_hides_the_rows_after_the_restored_step(tmp_path):
     write(tmp_path, (1, 2, 3, 4))
-    write(tmp_path, (3, 4, 5), start=2, offset=10.0)  # within the same second, which TensorBoard's file names show
-    np.testing.assert_allclose(
-        [tensorboard(tmp_path)["train/loss"][step] for step in (1, 2, 3, 4, 5)],
-        [1.0, 0.5, 10 + 1 / 3, 10.25, 10.2],
-        rtol=1e-6,
-    )
+    write(tmp_path, (3,), start=2, offset=10.0)  # within the same second, which TensorBoard's file names show
+    found = tensorboard(tmp_path)["train/loss"]
+    assert {step: round(value, 3) for step, value in found.items()} == {1: 1.0, 2: 0.5, 3: 10.333}
 
 
 # What is shown

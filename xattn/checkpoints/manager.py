@@ -188,11 +188,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         aside = self.folder.parent / "damaged" / str(step)
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
         logging.warning(
             "checkpoint %d is damaged (%s); it is moved to %s and the one before it is used.", step, error, aside
         )
         if jax.process_index() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             shutil.move(self.folder / str(step), aside)
         self._manager.reload()
@@ -221,7 +222,7 @@ class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
 def _damage_named() -> Iterator[None]:
     try:
         yield
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, MemoryError, PermissionError):
         raise
     except Exception as error:  # Orbax raises several types, also a bare Exception
         raise DamagedCheckpoint(" ".join(str(error).split())[:200]) from error

@@ -43,7 +43,7 @@ def open_workdir(workdir: Path, config: Config) -> None:
                 f"{workdir} belongs to another config (it differs in {', '.join(keys)}): "
                 "use the same config, or another --workdir."
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or _foreign(workdir)):
         raise UsageError(f"{workdir} is no empty folder and holds no run: choose another --workdir.")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -61,19 +61,23 @@ def open_workdir(workdir: Path, config: Config) -> None:
         write_atomically(workdir / "env.json", json.dumps(environment, indent=2))
 
 
+def _foreign(workdir: Path) -> bool:
+    """Whether there is anything but the config that a killed run began to write."""
+    return any(not entry.name.startswith(".config.json.") for entry in workdir.iterdir())
+
+
 def read_config(workdir: Path) -> Config:
     """The resolved config of a run; `UsageError` if the folder holds none."""
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UsageError(
-            f"{workdir} holds no run (there is no {path.name} in it): give the --workdir of a "
-            "trained or converted model."
+            f"{workdir} holds no run (there is no {path.name} in it): give the --workdir of a trained model."
         )
     return from_json(path.read_text())
 
 
 def load(workdir: str | Path, step: int | str = "best", ema: bool = True) -> tuple[nn.Module, dict, Config]:
-    """A trained or converted model, without touching its data set.
+    """A trained model, without touching its data set.
 
     Args:
       workdir: the run's folder.

@@ -1,6 +1,6 @@
 """Evaluation protocols, one a file, and the report over a run's."""
 
 from xattn.evals.fewshot import fewshot
-from xattn.evals.report import EVALS, compare_workdirs, evaluate_workdir, run
+from xattn.evals.report import EVALS, check, compare_workdirs, evaluate_workdir, run
 
-__all__ = ["EVALS", "compare_workdirs", "evaluate_workdir", "fewshot", "run"]
+__all__ = ["EVALS", "check", "compare_workdirs", "evaluate_workdir", "fewshot", "run"]

@@ -17,15 +17,7 @@ from xattn.config import Config
 
 
 def draw_episode(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    config: Config,
-    path: Path,
-    *,
-    split: str = "test",
-    seed: int = 0,
-    ways: int = 5,
-    queries: int = 3,
+    model: nn.Module, variables: Mapping[str, Any], config: Config, path: Path, spec: Mapping[str, Any] | None = None
 ) -> Path:
     """Classifies one 1-shot episode and draws it to `path`.
 
@@ -35,10 +27,14 @@ def draw_episode(
 
     Args:
       model, variables, config: what `xattn.load` gives.
-      split, seed, ways, queries: the episode; `queries` of each class.
+      path: of the picture.
+      spec: few-shot evaluation whose split, mode and first seed are taken, with at most 5 ways and 3 queries a class.
     """
-    source = data.build(config.data.to_dict(), split=split)
-    episode = data.EpisodeSampler(source, seed, ways, 1, queries)(0)
+    spec = spec or {}
+    source = data.build(config.data.to_dict(), split=spec.get("split", "test"))
+    ways, queries = min(5, spec.get("ways", 5)), min(3, spec.get("queries", 15))
+    seed, mode = spec.get("seed", 0), spec.get("mode", "mixed")
+    episode = data.EpisodeSampler(source, seed, ways, 1, queries, mode)(0)
     support, query = source.images(episode["support"]), source.images(episode["query"])
     task = tasks.build(config.task.to_dict())
 

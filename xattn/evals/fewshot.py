@@ -16,7 +16,7 @@ from flax.core import meta
 from jaxtyping import Array, Float, Int
 
 from xattn import data, tasks
-from xattn.config import Config, UsageError
+from xattn.config import Config, check_keys, lookup
 
 METHODS = ("model", "pixel_centroid", "random_features")
 BRANCHES = {"global_scores": "global", "local_logits": "local"}
@@ -59,15 +59,14 @@ def fewshot(
     Raises:
       UsageError: an unknown method, or episodes that the data set can't give.
     """
-    if method not in METHODS:
-        raise UsageError(f"there is no few-shot method '{method}': choose from {', '.join(METHODS)}.")
+    check_fewshot(model, config, split, ways, shots, queries, seed=seed, mode=mode, method=method, overrides=overrides)
     source = data.build(config.data.to_dict(), split=split)
     drawn = {"seed": seed, "ways": ways, "shots": shots, "queries": queries, "num_episodes": num_episodes, "mode": mode}
     episodes = data.fixed_episodes(source, **drawn)
     task = tasks.build(config.task.to_dict())
     model = model.clone(**(overrides or {}))
     if method == "random_features":
-        variables = untrained(model, task, source)
+        variables = untrained(model, task, source, config.seed)
     if method == "model" and not getattr(model, "independent_features", True):
         correct = _whole_episodes(model, variables, task, source, episodes)
     else:
@@ -86,9 +85,29 @@ def fewshot(
         "ci95": half_width(main),
         **{f"accuracy_{BRANCHES[name]}": float(rows.mean()) for name, rows in accuracy.items()},
         "transductive": method == "model" and bool(getattr(model, "transductive", False)),
-        "episodes": {"split": split, **drawn},
+        "episodes": {"data": config.data.to_dict(), "split": split, **drawn},
         "per_episode": [round(float(value), 6) for value in main],
     }
+
+
+def check_fewshot(
+    model: nn.Module,
+    config: Config,
+    split: str = "test",
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    *,
+    seed: int = 0,
+    mode: str = "mixed",
+    method: str = "model",
+    overrides: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> None:
+    """Raises `UsageError` for what `fewshot` would refuse: method, overrides, or episodes that the data can't give."""
+    lookup(dict.fromkeys(METHODS), method, "few-shot method")
+    check_keys(overrides or {}, type(model), "overrides")
+    data.EpisodeSampler(data.build(config.data.to_dict(), split=split), seed, ways, shots, queries, mode)
 
 
 def half_width(values: Float[np.ndarray, "E"]) -> float:
@@ -96,11 +115,12 @@ def half_width(values: Float[np.ndarray, "E"]) -> float:
     return float(1.96 * values.std() / np.sqrt(len(values)))
 
 
-def untrained(model: nn.Module, task: Any, source: data.ImageSource) -> dict[str, Any]:
-    """The variables that training would start from (seed 0)."""
+def untrained(model: nn.Module, task: Any, source: data.ImageSource, seed: int = 0) -> dict[str, Any]:
+    """The variables from which training with `seed` starts."""
     images = jnp.zeros((1, 1, 1, *source.image_shape), jnp.uint8)
     batch = {"support": images, "query": images[:, 0]}
-    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    params, dropout = jax.random.split(jax.random.key(seed))
+    rngs = {"params": params, "dropout": dropout}
     return meta.unbox(jax.jit(lambda: model.init(rngs, *task.inputs(batch)))())
 
 

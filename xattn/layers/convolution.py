@@ -6,6 +6,8 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from xattn.config import UsageError
+
 CONV_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 
 
@@ -60,4 +62,4 @@ def image_norm(
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=axis_name, **common)(x)
     if kind == "group":
         return nn.GroupNorm(num_groups, **common)(x.reshape(-1, *x.shape[-3:])).reshape(x.shape)
-    raise ValueError(f"norm '{kind}' is none of batch, group.")
+    raise UsageError(f"norm '{kind}' is none of batch, group.")

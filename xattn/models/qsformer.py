@@ -34,6 +34,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from xattn.config import UsageError
 from xattn.layers.convolution import CONV_AXES
 from xattn.layers.episode import embed_episode
 from xattn.layers.transformer import DecoderLayer, EncoderLayer, layer_norm, torch_attention, torch_dense, uniform
@@ -48,7 +49,7 @@ def _tokens(maps: Float[Array, "*B h w C"]) -> Float[Array, "*B P C"]:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} '{value}' is none of {', '.join(allowed)}.")
+        raise UsageError(f"{name} '{value}' is none of {', '.join(allowed)}.")
 
 
 class CIFE(nn.Module):

@@ -55,13 +55,17 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
+    for where, spec in _evaluations(config).items():
+        evals.check(spec, model, config, where)
 
     # State: planned without memory, then restored into its shardings, or created in them.
     with use_mesh(mesh):
         shapes = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
-        create, abstract, notes = abstract_state(
-            model, task, optimizer, shapes, config.ema_decay > 0, config.seed, mesh
-        )
+        try:
+            plan = abstract_state(model, task, optimizer, shapes, config.ema_decay > 0, config.seed, mesh)
+        except ValueError as error:  # what ops and libraries say of arguments that don't fit
+            raise UsageError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
+        create, abstract, notes = plan
         open_workdir(workdir, config)
         metric = config.validation.metric if config.validation else None
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
@@ -69,7 +73,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         state = create() if restored is None else replace(abstract, **restored[1], **restored[2])
         start = int(state.step)
         if start > config.num_steps:
-            raise UsageError(f"{workdir} is at step {start}, beyond config.num_steps {config.num_steps}: give more.")
+            raise UsageError(
+                f"{workdir} is at step {start}, beyond config.num_steps {config.num_steps}: give {start} or more."
+            )
 
         with (
             closing(checkpoints),
@@ -113,8 +119,17 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     return evals.evaluate_workdir(workdir)
 
 
+def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
+    """The evaluations by their place in the config; that of `config.validation` without when and what to compare."""
+    specs = {f"config.evals.{name}": spec for name, spec in config.evals.to_dict().items()}
+    if config.validation:
+        spec = {key: value for key, value in config.validation.to_dict().items() if key not in ("every", "metric")}
+        specs["config.validation"] = spec
+    return specs
+
+
 def _validate(config: Config, model: Any, state: Any) -> dict[str, float]:
-    spec = {key: value for key, value in config.validation.to_dict().items() if key not in ("every", "metric")}
+    spec = _evaluations(config)["config.validation"]
     variables = {"params": state.ema or state.params, **state.model_state}
     result = evals.run(spec, model, variables, config)
     return {name: value for name, value in result.items() if isinstance(value, float)}
