@@ -22,8 +22,8 @@
 import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "xattn"], check=True)
+if "google.colab" in sys.modules:  # where the repository was cloned and this notebook opened from its folder colabs/
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", ".."], check=True)
 
 # %%
 import tempfile
