@@ -355,7 +355,14 @@ def test_config_errors_name_the_key(changes, message):
 
 def test_arguments_of_training_are_ignored():
     shipped = dict(lr=5e-4, alpha=0.7, metric="cosine", norm="center", deepemd="fcn", feature_pyramid=None, sfc_bs=4)
-    interop.from_torch("qsformer", MINI | shipped, cheap(3))
+    model, _ = interop.from_torch("qsformer", MINI | shipped, cheap(3))
+    assert model == interop.from_torch("qsformer", MINI, cheap(3))[0]
+
+
+def test_overrides_reach_every_module():
+    model, _ = interop.from_torch("qsformer", MINI, cheap(3), dtype="bfloat16", attn_axis="tokens")
+    assert model.dtype == model.encoder.dtype == model.encoder.backbone.dtype == "bfloat16"
+    assert model.encoder.attn_axis == "tokens"
 
 
 def test_every_tensor_that_does_not_fit_is_named():

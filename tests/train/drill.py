@@ -2,12 +2,13 @@
 
     python tests/train/drill.py --runs=20
 
-Each run is started as a user would start it, killed at a random moment (also while it saves), and started again with
-the same command until it finishes. Its losses, its parameters and its evaluation must equal, bit for bit, those of a
+Each run is started as a user would start it, killed at a random moment (every third one in the middle of a save), and
+started again with the same command. Its losses, its parameters and its evaluation must equal, bit for bit, those of a
 run that nobody touched.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -54,19 +55,32 @@ def drill(runs: int, folder: Path, seed: int = 0) -> None:
     for number in range(runs):
         workdir = folder / f"run_{number}"
         process = start(workdir)
-        moment = rng.uniform(0.3, 1.0) * seconds
-        try:
-            process.wait(moment)
-            state = "finished"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            state = f"killed after {moment:.1f} s, {_progress(workdir)}"
+        if number % 3 == 2:
+            nth = rng.randrange(1, 4)
+            while process.poll() is None and not _saving(workdir, nth):
+                _wait(process, 0.001)
+        else:
+            _wait(process, rng.uniform(0, 1) * seconds)
+        finished = process.poll() is not None
+        process.kill()
+        process.wait()
+        state = "had finished" if finished else f"killed, {_progress(workdir)}"
         finish(workdir)
         found = contents(workdir)
         wrong = [name for name in expected if found[name] != expected[name]]
         assert not wrong, f"run {number}, {state}: {', '.join(wrong)} differ from the untouched run's"
         print(f"run {number}: {state}; continued: equal to the untouched run", flush=True)
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+
+
+def _saving(workdir: Path, nth: int) -> bool:
+    """Whether the run is in the middle of a save, with `nth` - 1 or more checkpoints done."""
+    folders = [path.name for path in workdir.glob("checkpoints/*")]
+    return len(folders) >= min(nth, 3) and any("tmp" in name for name in folders)
 
 
 def _progress(workdir: Path) -> str:

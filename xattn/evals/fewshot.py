@@ -26,6 +26,7 @@ def fewshot(
     model: nn.Module,
     variables: Mapping[str, Any],
     config: Config,
+    /,
     *,
     split: str = "test",
     ways: int = 5,

@@ -149,11 +149,17 @@ def _model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> QSFormer:
             known = dict.fromkeys(["dataset", "solver", *_KEYWORDS, *_ENCODER_KEYWORDS, *_SHIPPED, *_IGNORED])
             lookup(known, key, "official argument")
     for key, value in overrides.items():
-        of_encoder = key not in QSFormer.__dataclass_fields__ and key in CIFE.__dataclass_fields__
-        (encoder if of_encoder else keywords)[key] = value
+        if key in ("attention", "dtype"):
+            keywords[key] = encoder[key] = value
+        else:
+            of_encoder = key not in QSFormer.__dataclass_fields__ and key in CIFE.__dataclass_fields__
+            (encoder if of_encoder else keywords)[key] = value
+    if "encoder" in keywords:
+        raise UsageError("overrides cannot replace the encoder whose weights are read: leave out 'encoder'.")
     check_keys(keywords, QSFormer, "overrides")
 
-    model = QSFormer(encoder=CIFE(backbone=ResNet12(), **encoder), **keywords)
+    backbone = ResNet12(dtype=overrides.get("dtype"))
+    model = QSFormer(encoder=CIFE(backbone=backbone, **encoder), **keywords)
     width = model.encoder.backbone.widths[-1]
     heads = {"head": model.encoder.num_heads, "head_metric": model.num_heads, "head_enc": model.patch_num_heads}
     for key, count in heads.items():
