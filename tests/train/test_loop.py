@@ -10,7 +10,7 @@ import pytest
 
 import xattn
 from tests.train.drill import drill
-from xattn import data
+from xattn import data, evals
 from xattn.config import Config, UsageError, load_config
 from xattn.train import Preempted, train
 
@@ -71,6 +71,15 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
 
 
+def test_sigterm_while_evaluating_is_no_failure(tmp_path, monkeypatch):
+    evaluate = evals.evaluate_workdir
+    monkeypatch.setattr(evals, "evaluate_workdir", lambda workdir: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Preempted, match="while evaluating"):
+        train(smoke(num_steps=1), tmp_path)
+    monkeypatch.setattr(evals, "evaluate_workdir", evaluate)
+    assert train(smoke(num_steps=1), tmp_path) == {}
+
+
 # Orbax leaves the futures of reads that failed unretrieved, which Python reports when it collects them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_latest_checkpoint_falls_back_with_a_warning(tmp_path, caplog):
@@ -108,6 +117,14 @@ def test_eight_devices_train_as_one(tmp_path, mesh):
     train(smoke("qsformer", **common, **{f"mesh__{axis}": size for axis, size in mesh.items()}), tmp_path / "eight")
     assert len(losses(tmp_path / "one")) == 10
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_bfloat16_computes_while_parameters_stay_float32(tmp_path):
+    train(smoke(num_steps=2), tmp_path / "float32")
+    train(smoke(num_steps=2, dtype="bfloat16"), tmp_path / "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params(tmp_path / "bfloat16"))} == {np.dtype("float32")}
+    assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
+    np.testing.assert_allclose(losses(tmp_path / "bfloat16"), losses(tmp_path / "float32"), rtol=0.05)
 
 
 def test_every_parameter_trains_and_frozen_ones_do_not(tmp_path):

@@ -7,7 +7,7 @@ stopped at any moment continues, bit for bit, from its latest checkpoint: start 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
       UsageError: something in the config, the data or the workdir that the user can put right.
       NotFinite: more than `config.max_skipped` updates in a row were not finite.
-      Preempted: after SIGTERM, once a checkpoint is written.
+      Preempted: after SIGTERM, once a checkpoint is written, or while evaluating.
     """
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
@@ -77,10 +77,11 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 f"{workdir} is at step {start}, beyond config.num_steps {config.num_steps}: give {start} or more."
             )
 
+        stop = threading.Event()
         with (
             closing(checkpoints),
             Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
-            _on_sigterm() as stop,
+            _on_sigterm(lambda *_: stop.set()),
         ):
             for note in notes:
                 report.say(f"not sharded: {note}")
@@ -111,12 +112,13 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                     report.flush()
                     meta = {"config_hash": config_hash(config)}
                     checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
-                if stopping and not last:
+                if stopping:
                     raise Preempted(f"stopped at step {step}; the same command continues from there.")
             report.plot_curves()
 
     # Evaluation of the checkpoint that `xattn.load` gives.
-    return evals.evaluate_workdir(workdir)
+    with _on_sigterm(_stop_evaluating):
+        return evals.evaluate_workdir(workdir)
 
 
 def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
@@ -148,14 +150,17 @@ def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -
 
 
 @contextmanager
-def _on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; where signals can't be caught (not the main thread), it is never set."""
-    event = threading.Event()
+def _on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
+    """Calls `handler` on SIGTERM; outside the main thread, where signals can't be caught, it does nothing."""
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    previous = signal.signal(signal.SIGTERM, handler)
     try:
-        yield event
+        yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _stop_evaluating(*_: Any) -> None:
+    raise Preempted("stopped while evaluating; the same command continues from there.")
