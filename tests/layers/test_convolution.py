@@ -22,6 +22,23 @@ def test_max_pool_equals_linens_with_its_gradient(size):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+def test_max_pool_passes_the_whole_gradient_on_inside_a_fused_program():
+    """Where an input is computed again with another rounding, no gradient may get lost: the weights of a
+    linear map of the pooled values must all arrive."""
+    x = normal(4, 8, 8, 3, seed=1)
+
+    @jax.jit
+    def total(scale):
+        hidden = jax.nn.relu((x * scale - x.mean((1, 2), keepdims=True)) / (x.std((1, 2), keepdims=True) + 0.1) + 0.7)
+        return jnp.sum(max_pool(hidden))
+
+    scale = jnp.full((4, 8, 8, 3), 1.1)
+    got = jax.jit(jax.grad(total))(scale)
+    windows = (np.abs(np.asarray(got)) > 0).reshape(4, 4, 2, 4, 2, 3).sum((2, 4))
+    pooled = max_pool((x * scale - x.mean((1, 2), keepdims=True)) / (x.std((1, 2), keepdims=True) + 0.1) + 0.7)
+    np.testing.assert_array_equal(windows, (pooled > 0).astype(int))
+
+
 class Norm(nn.Module):
     kind: str
     axis_name: str | None = None
