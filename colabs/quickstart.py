@@ -16,7 +16,7 @@
 #
 # QSFormer (arXiv 2208.12398) classifies a query image by letting it attend to one example of each class. Here it learns
 # to do so on letters of one set of scripts, and is then tested on scripts that it has never seen. Everything runs on a
-# CPU in about a minute and downloads no data: the letters are rendered from the fonts that matplotlib ships.
+# CPU in about two minutes and downloads no data: the letters are rendered from the fonts that matplotlib ships.
 
 # %%
 import subprocess
@@ -45,7 +45,7 @@ from xattn.train import train
 # ## The experiment is a config
 #
 # `qsformer/glyphs` is the main job of the repository. A config is a nested dictionary whose keys are the keywords of
-# the constructors. We shorten the run; leave these lines out for the real one (about two minutes on two cores).
+# the constructors. We shorten the run; leave these lines out for the real one (a few minutes on two cores).
 
 # %%
 config = load_config("qsformer/glyphs")
