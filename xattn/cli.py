@@ -121,7 +121,8 @@ def _inspect(arguments: list[str]) -> int:
 
 def _list(arguments: list[str]) -> int:
     _parse(lambda values: None, arguments)
-    tables = {"models": models.MODELS, "tasks": tasks.TASKS, "sources": data.SOURCES, "evals": evals.EVALS}
+    protocols = {name: protocol.run for name, protocol in evals.EVALS.items()}
+    tables = {"models": models.MODELS, "tasks": tasks.TASKS, "sources": data.SOURCES, "evals": protocols}
     for title, table in tables.items():
         print(f"{title}:")
         for name, entry in table.items():

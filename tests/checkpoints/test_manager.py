@@ -179,10 +179,11 @@ def test_the_latest_and_the_best_are_kept_also_by_a_continued_run(opened):
         ("accuracy", (0.9, float("nan"), 0.1, None), 1),
         ("accuracy", (float("nan"), None, None, None), None),
         ("loss", (0.2, 0.7, 0.7, 0.1), 4),
+        ("-loss", (0.2, 0.7, 0.7, 0.1), 3),
         (None, (0.2, 0.7, 0.7, 0.1), None),
     ],
 )
-def test_best_is_the_largest_and_the_later_of_two(opened, metric, scores, best):
+def test_best_is_the_largest_or_smallest_and_the_later_of_two(opened, metric, scores, best):
     checkpoints = opened(keep=9, metric=metric)
     tiny = {"x": jnp.zeros(())}
     for step, score in enumerate(scores, start=1):

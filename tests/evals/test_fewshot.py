@@ -45,7 +45,7 @@ def test_a_constant_model_is_right_once_in_n(config):
 def test_a_model_of_pixels_equals_the_pixel_baseline(config):
     model = fewshot(Oracle("pixels"), {}, config, **FEW)
     baseline = fewshot(Oracle("constant"), {}, config, **FEW, method="pixel_centroid")
-    assert model["per_episode"] == baseline["per_episode"]
+    assert model["per_example"] == baseline["per_example"]
     assert 0.2 < model["accuracy"] < 1
 
 
@@ -75,7 +75,7 @@ def test_embedding_once_equals_whole_episodes(config, monkeypatch):
     assert {"accuracy_global", "accuracy_local"} <= once.keys()
     for branch in ("accuracy", "accuracy_global", "accuracy_local"):
         assert once[branch] == pytest.approx(whole[branch], abs=1e-9)
-    assert once["per_episode"] == whole["per_episode"]
+    assert once["per_example"] == whole["per_example"]
 
 
 def test_the_setting_is_stated_and_overrides_change_it(config):
@@ -118,11 +118,11 @@ def test_results_are_kept_and_read_again(two_runs, capsys, monkeypatch):
 def test_runs_are_compared_on_the_same_episodes(two_runs, capsys):
     rows = compare_workdirs(two_runs / "a", two_runs / "b")
     a, b = (evaluate_workdir(two_runs / name)["5way_1shot"] for name in ("a", "b"))
-    gaps = np.subtract(a["per_episode"], b["per_episode"])
+    gaps = np.subtract(a["per_example"], b["per_example"])
     assert rows["5way_1shot"]["difference"] == pytest.approx(a["accuracy"] - b["accuracy"], abs=1e-6)
     assert rows["5way_1shot"]["ci95"] == pytest.approx(1.96 * gaps.std() / np.sqrt(len(gaps)), abs=1e-6)
     assert compare_workdirs(two_runs / "a", two_runs / "a")["5way_1shot"] == {"difference": 0.0, "ci95": 0.0}
-    assert "paired" in capsys.readouterr().out
+    assert "pair by pair" in capsys.readouterr().out
 
 
 def test_the_picture_shows_the_attention_of_the_episode(two_runs, config, tmp_path):

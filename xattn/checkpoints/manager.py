@@ -37,13 +37,15 @@ class Checkpoints:
     Args:
       workdir: the run's folder; checkpoints go to `checkpoints/<step>/`.
       keep: how many of the latest to keep; the best by `metric` is kept besides.
-      metric: the validation metric whose largest value is best (the later one of two equals), or None.
+      metric: the validation metric whose largest value is best (the later one of two equals), or None. With a
+        minus before its name, such as "-loss", the smallest is.
       read_only: never create or clean anything, as when a finished run is loaded.
     """
 
     def __init__(self, workdir: Path, keep: int = 2, metric: str | None = None, read_only: bool = False):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.metric = metric
+        self.metric = (metric or "").removeprefix("-")
+        self._sign = -1 if metric and metric.startswith("-") else 1
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -67,7 +69,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the largest validation metric, or None where none was recorded."""
+        """The step with the best validation metric, or None where none was recorded."""
         return self._best(self.steps())
 
     def _best(self, steps: Sequence[int]) -> int | None:
@@ -76,8 +78,8 @@ class Checkpoints:
 
     def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
         self._scores.pop(step, None)
-        if not math.isnan(score := metrics.get(self.metric or "", math.nan)):
-            self._scores[step] = score
+        if not math.isnan(score := metrics.get(self.metric, math.nan)):
+            self._scores[step] = self._sign * score
 
     def save(
         self, step: int, model: Any, training: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -94,7 +96,7 @@ class Checkpoints:
         Raises:
           UsageError: `metrics` lacks the one to compare by.
         """
-        if metrics and self.metric is not None:
+        if metrics and self.metric:
             lookup(metrics, self.metric, "validation metric")
         record = {
             "format_version": FORMAT_VERSION,

@@ -54,8 +54,8 @@ def fewshot(
     Returns:
       A dict of `accuracy` (mean over episodes, in [0, 1]), `ci95` (half width of its 95% interval,
       1.96 std / sqrt(episodes)), `accuracy_<branch>` for models with several branches, `transductive`
-      (whether a query's prediction depends on the other queries), `per_episode` accuracies, and the
-      `episodes` they belong to.
+      (whether a query's prediction depends on the other queries), the accuracies `per_example`, which is an
+      episode here, and the `examples` they belong to.
 
     Raises:
       UsageError: an unknown method, or episodes that the data set can't give.
@@ -82,12 +82,13 @@ def fewshot(
     accuracy = {name: rows.mean(1) for name, rows in correct.items()}
     main = accuracy.pop("logits")
     return {
+        "metric": "accuracy",
         "accuracy": float(main.mean()),
         "ci95": half_width(main),
         **{f"accuracy_{BRANCHES[name]}": float(rows.mean()) for name, rows in accuracy.items()},
         "transductive": method == "model" and bool(getattr(model, "transductive", False)),
-        "episodes": {"data": config.data.to_dict(), "split": split, **drawn},
-        "per_episode": [round(float(value), 6) for value in main],
+        "examples": {"data": config.data.to_dict(), "split": split, **drawn},
+        "per_example": [round(float(value), 6) for value in main],
     }
 
 
@@ -109,6 +110,16 @@ def check_fewshot(
     lookup(dict.fromkeys(METHODS), method, "few-shot method")
     check_keys(overrides or {}, type(model), "overrides")
     data.EpisodeSampler(data.build(config.data.to_dict(), split=split), seed, ways, shots, queries, mode)
+
+
+def describe_fewshot(result: Mapping[str, Any]) -> str:
+    """Whether the result is transductive, and the accuracies of the model's branches."""
+    branches = [
+        f"{name.removeprefix('accuracy_')} {100 * value:.2f}"
+        for name, value in result.items()
+        if name.startswith("accuracy_")
+    ]
+    return ", ".join(["transductive" if result["transductive"] else "inductive", *branches])
 
 
 def half_width(values: Float[np.ndarray, "E"]) -> float:

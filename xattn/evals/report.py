@@ -1,9 +1,9 @@
 """Runs the evaluations of a workdir's config, keeps their results, compares two runs pair by pair."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -14,22 +14,38 @@ from xattn.checkpoints import read_config
 from xattn.checkpoints.workdir import load_variables, write_atomically
 from xattn.config import Config, UsageError, check_keys, lookup
 from xattn.evals.episode_picture import draw_episode
-from xattn.evals.fewshot import check_fewshot, fewshot, half_width
+from xattn.evals.fewshot import check_fewshot, describe_fewshot, fewshot, half_width
 from xattn.models import build
 
-EVALS = {"fewshot": fewshot}
 
-# Protocol: raises `UsageError` for settings that it would refuse.
-CHECKS = {"fewshot": check_fewshot}
+class Protocol(NamedTuple):
+    """What the report needs to know of an evaluation protocol.
 
-# Protocol: draws one example of it, to look at.
-PICTURES = {"fewshot": draw_episode}
+    Attributes:
+      run: (model, variables, config, /, **keywords) to a result: float metrics by name, `metric` (which of them
+        is the main one), its `ci95`, `per_example` values, and `examples`, which tells one set of them from another.
+      check: (model, config, **keywords); raises `UsageError` for what `run` would refuse.
+      describe: a result to the text of the table's last column.
+      draw: (model, variables, config, path, keywords) to a picture of one example.
+      scale: factor of the main metric where it is printed, 100 for a share.
+    """
+
+    run: Callable[..., dict[str, Any]]
+    check: Callable[..., None]
+    describe: Callable[[Mapping[str, Any]], str]
+    draw: Callable[..., Path] | None = None
+    scale: float = 100.0
+
+
+EVALS = {
+    "fewshot": Protocol(fewshot, check_fewshot, describe_fewshot, draw_episode),
+}
 
 
 def run(spec: Mapping[str, Any], model: nn.Module, variables: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The result of one evaluation; `spec` holds the protocol's `name` and its keywords."""
     options = dict(spec)
-    protocol = lookup(EVALS, options.pop("name"), "evaluation")
+    protocol = lookup(EVALS, options.pop("name"), "evaluation").run
     check_keys(options, protocol, "config.evals")
     return protocol(model, variables, config, **options)
 
@@ -37,9 +53,9 @@ def run(spec: Mapping[str, Any], model: nn.Module, variables: Mapping[str, Any],
 def check(spec: Mapping[str, Any], model: nn.Module, config: Config, where: str) -> None:
     """Raises `UsageError` if `run` would refuse `spec`, before any time is spent."""
     options = dict(spec)
-    name = options.pop("name")
-    check_keys(options, lookup(EVALS, name, "evaluation"), where)
-    CHECKS[name](model, config, **options)
+    protocol = lookup(EVALS, options.pop("name"), "evaluation")
+    check_keys(options, protocol.run, where)
+    protocol.check(model, config, **options)
 
 
 def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None = None) -> dict[str, dict[str, Any]]:
@@ -74,42 +90,44 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
         write_atomically(path, text)
         results[name] = json.loads(text)
     _print_results(f"{workdir}, step {found}", results)
-    for protocol, draw in PICTURES.items():
-        if spec := next((spec for spec in specs.values() if spec["name"] == protocol), None):
-            path = workdir / "plots" / f"{protocol}_{found}.png"
-            print(f"an example of {protocol}: {draw(model, variables, config, path, spec)}")
+    for name, protocol in EVALS.items():
+        spec = next((spec for spec in specs.values() if spec["name"] == name), None)
+        if protocol.draw and spec:
+            path = workdir / "plots" / f"{name}_{found}.png"
+            print(f"an example of {name}: {protocol.draw(model, variables, config, path, spec)}")
     return results
 
 
 def compare_workdirs(
     workdir: Path, against: Path, step: int | str = "best", only: str | None = None
 ) -> dict[str, dict[str, float]]:
-    """Evaluates two runs and prints their paired differences on the episodes that they share.
+    """Evaluates two runs and prints their paired differences on the examples that they share.
 
-    An evaluation is compared with the one of the same name if its episodes are the same, else with the first whose
-    episodes are: so a transductive and an inductive evaluation of one model both meet an inductive other.
+    An evaluation is compared with the one of the same name if its examples are the same, else with the first whose
+    examples are: so a transductive and an inductive evaluation of one model both meet an inductive other.
 
     Returns:
-      For each shared evaluation, `difference` of the mean accuracies and `ci95` of the paired difference.
+      For each shared evaluation, `difference` of the mean metrics and `ci95` of the paired difference.
 
     Raises:
-      UsageError: the two runs were evaluated on no common episodes.
+      UsageError: the two runs were evaluated on no common examples.
     """
     mine, theirs = _models_only(evaluate_workdir(workdir, step, only)), _models_only(evaluate_workdir(against, step))
-    table = Table(title=f"{workdir} minus {against}, paired on the same episodes, points")
+    table = Table(title=f"{workdir} minus {against}\non the same examples, pair by pair")
     for column in ("evaluation", "against", "difference", "95% interval"):
         table.add_column(column)
     rows = {}
     for name, result in mine.items():
-        shared = [other for other, reference in theirs.items() if reference["episodes"] == result["episodes"]]
+        shared = [other for other, reference in theirs.items() if reference["examples"] == result["examples"]]
         if not shared:
             continue
         other = name if name in shared else shared[0]
-        gaps = np.subtract(result["per_episode"], theirs[other]["per_episode"])
+        gaps = np.subtract(result["per_example"], theirs[other]["per_example"])
         rows[name] = {"difference": float(gaps.mean()), "ci95": half_width(gaps)}
-        table.add_row(name, other, f"{100 * gaps.mean():+.2f}", f"+- {100 * half_width(gaps):.2f}")
+        scale = EVALS[result["spec"]["name"]].scale
+        table.add_row(name, other, f"{scale * gaps.mean():+.2f}", f"+- {scale * half_width(gaps):.2f}")
     if not rows:
-        raise UsageError(f"{workdir} and {against} share no episodes: give their configs the same evals.")
+        raise UsageError(f"{workdir} and {against} share no examples: give their configs the same evals.")
     _console().print(table)
     return rows
 
@@ -120,22 +138,17 @@ def _models_only(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _print_results(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(title=title)
-    for column in ("evaluation", "accuracy %", "95% interval", "branches %", "setting", "episodes"):
+    for column in ("evaluation", "result", "95% interval", "examples", ""):
         table.add_column(column)
     for name, result in results.items():
-        branches = ", ".join(
-            f"{key.removeprefix('accuracy_')} {100 * value:.2f}"
-            for key, value in result.items()
-            if key.startswith("accuracy_")
-        )
-        setting = "transductive" if result["transductive"] else "inductive"
+        protocol = EVALS[result["spec"]["name"]]
+        unit = f"{result['metric']}, %" if protocol.scale == 100 else result["metric"]
         table.add_row(
             name,
-            f"{100 * result['accuracy']:.2f}",
-            f"+- {100 * result['ci95']:.2f}",
-            branches,
-            setting,
-            str(result["episodes"]["num_episodes"]),
+            f"{protocol.scale * result[result['metric']]:.2f} ({unit})",
+            f"+- {protocol.scale * result['ci95']:.2f}",
+            str(len(result["per_example"])),
+            protocol.describe(result),
         )
     _console().print(table)
 

@@ -252,17 +252,12 @@ class CrossAttention(nn.Module):
         rate = 0.0 if deterministic else self.dropout_rate
         rng = self.make_rng("dropout") if rate else None
 
-        name = "attention_weights"
-        perturbed = self.is_mutable_collection("perturbations") or self.has_variable("perturbations", name)
-        observed = self.is_mutable_collection("intermediates") or perturbed
-        if observed and not self.is_initializing():
+        if observed(self):
             if energy is None:
                 weights = attention_weights(query, key, **scores)
             else:
                 weights = softmax(additive_scores(query, key, energy, **scores))[0]
-            self.sow("intermediates", name, weights)
-            if perturbed:
-                weights = self.perturb(name, weights)
+            weights = record(self, weights)
             if rng is not None:
                 weights = dropout.drop_all(weights, rng, rate)
             return weighted_sum(weights, value)
@@ -289,6 +284,30 @@ class CrossAttention(nn.Module):
                     f"{name} {features} is not divisible by num_heads {self.num_heads}: change one of them."
                 )
         return qk_features // self.num_heads, v_features // self.num_heads
+
+
+_WEIGHTS = "attention_weights"
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether somebody looks at the attention weights of `module`, so that they have to exist."""
+    return not module.is_initializing() and (module.is_mutable_collection("intermediates") or _perturbed(module))
+
+
+def record(module: nn.Module, weights: Float[Array, "*B H N M"]) -> Float[Array, "*B H N M"]:
+    """Shows `weights` as `attention_weights` of `module`; returns what to go on with.
+
+    They are sown into `intermediates` if that collection is mutable, and passed through `perturb` if `perturbations`
+    is mutable or holds the module's entry; never while initialising.
+    """
+    if module.is_initializing():
+        return weights
+    module.sow("intermediates", _WEIGHTS, weights)
+    return module.perturb(_WEIGHTS, weights) if _perturbed(module) else weights
+
+
+def _perturbed(module: nn.Module) -> bool:
+    return module.is_mutable_collection("perturbations") or module.has_variable("perturbations", _WEIGHTS)
 
 
 def _constrain(x: jax.Array, *axes: str) -> jax.Array:

@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xattn.config import UsageError
 from xattn.layers.convolution import CONV_AXES
+from xattn.layers.cross_attention import record
 from xattn.layers.episode import embed_episode
 from xattn.layers.transformer import DecoderLayer, EncoderLayer, layer_norm, torch_attention, torch_dense, uniform
 from xattn.ops.attention import attention_weights
@@ -168,12 +169,7 @@ class SampleFormer(nn.Module):
         else:
             query, support = _unit(project(query)), _unit(project(support))
 
-        scores = attention_weights(query[..., None, :], support[..., None, :], scale=1.0)
-        name = "attention_weights"
-        if not self.is_initializing():
-            self.sow("intermediates", name, scores)
-            if self.is_mutable_collection("perturbations") or self.has_variable("perturbations", name):
-                scores = self.perturb(name, scores)
+        scores = record(self, attention_weights(query[..., None, :], support[..., None, :], scale=1.0))
         scores = scores[..., 0, :, :]
         return scores, scores @ support.astype(jnp.float32)
 
