@@ -14,13 +14,14 @@ import csv
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
 from xattn.config import UsageError
 from xattn.data.episodes import SPLITS
-from xattn.data.transforms import center_crop, random_resized_crop
+from xattn.data.transforms import center_crop, image_shapes, random_resized_crop
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png")
 
@@ -43,9 +44,8 @@ class ClassFolders:
 
     name = "class_folders"
     groups = None
-    image_size, channels = 84, 3
 
-    def __init__(self, root: str | os.PathLike, split: str, image_size: int = image_size, augment: bool = False):
+    def __init__(self, root: str | os.PathLike, split: str, image_size: int = 84, augment: bool = False):
         given, root = root, Path(root)
         if split not in SPLITS:
             raise UsageError(f"ClassFolders has no split '{split}': choose one of {', '.join(SPLITS)}.")
@@ -66,7 +66,7 @@ class ClassFolders:
                     f"'{min(shared)}': few-shot splits must not share a class, so remove it from one of them."
                 )
         self.split = split
-        self.image_shape = (image_size, image_size, self.channels)
+        self.image_shape = (image_size, image_size, 3)
         self.augment = augment
         self.class_names = sorted(names)
         members = _files(root, split)
@@ -75,6 +75,11 @@ class ClassFolders:
             np.arange(len(names), dtype=np.int32), [len(members[name]) for name in self.class_names]
         )
         self.num_images = len(self.files)
+
+    @staticmethod
+    def shapes(image_size: int = 84, **_: object) -> dict[str, jax.ShapeDtypeStruct]:
+        """The fields of one image, told without opening the data."""
+        return image_shapes(image_size, image_size, 3)
 
     def images(
         self, indices: Int[np.ndarray, "*A"], seeds: Int[np.ndarray, "*A"] | None = None

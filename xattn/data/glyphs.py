@@ -29,6 +29,7 @@ import time
 import uuid
 from pathlib import Path
 
+import jax
 import matplotlib
 import numpy as np
 import PIL
@@ -38,6 +39,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, features
 
 from xattn import config
+from xattn.data.transforms import image_shapes
 
 SAMPLES_PER_CLASS = 40
 RENDERER = 1  # part of the cache key: raise it with every change to the pixels
@@ -94,7 +96,6 @@ class GlyphFS:
     """
 
     name = "glyphs"
-    image_size, channels = _SIZE, 1
     image_shape = (_SIZE, _SIZE, 1)
 
     def __init__(self, split: str, jitter: str = "strong", seed: int = 0, cache_dir: str | os.PathLike | None = None):
@@ -113,6 +114,11 @@ class GlyphFS:
         self.groups = np.concatenate(
             [np.resize([order.index(family) for family in row], SAMPLES_PER_CLASS) for row in families]
         ).astype(np.int32)
+
+    @staticmethod
+    def shapes(**_: object) -> dict[str, jax.ShapeDtypeStruct]:
+        """The fields of one image, told without rendering."""
+        return image_shapes(_SIZE, _SIZE, 1)
 
     def images(
         self, indices: Int[np.ndarray, "*A"], seeds: Int[np.ndarray, "*A"] | None = None

@@ -1,19 +1,52 @@
-"""The stream of training batches, built with grain.
+"""The streams of batches, built with grain: episodes for few-shot learning, examples for everything else.
 
-Batch k holds the episodes k B .. (k + 1) B - 1, whatever the number of hosts: the position is the step,
-so a run resumes by naming the step, and nothing of the pipeline is saved.
+Batch k holds the episodes, or the examples, at the positions k B .. (k + 1) B - 1, whatever the number of
+hosts: the position is the step, so a run resumes by naming the step, and nothing of the pipeline is saved.
+
+Position p of a stream of examples lies in epoch e = p // n of a source with n examples. It holds example
+order_e[p mod n], where order_e is a permutation drawn from `default_rng([seed, e])`; what is random about the
+example (its crop, which of its words are masked) comes from `SeedSequence([seed, p])`.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
 import numpy as np
 
-from xattn.config import UsageError
+from xattn.config import UsageError, check_keys, lookup
 from xattn.data.episodes import EpisodeSampler, ImageSource
+from xattn.data.mask_words import mask_words
+from xattn.data.mixing import mixup_cutmix
 
 _FOREVER = 2**62  # grain counts batches with rounding up, which must stay below sys.maxsize
+
+# What can be done to a batch, in the order in which it is done. Each takes the batch and a seed for every row.
+TRANSFORMS = {
+    "mask_words": mask_words,
+    "mixup_cutmix": mixup_cutmix,
+}
+
+
+@runtime_checkable
+class ExampleSource(Protocol):
+    """What a stream of examples needs of a data set.
+
+    `example(index, seed)` returns the fields of one example; an integer asks a source that augments for its
+    training transform, drawn from that seed, and None for the evaluation transform. The classmethod
+    `shapes(**options)` tells the fields for the constructor's keywords without opening the data.
+    """
+
+    name: str
+    split: str
+    num_examples: int
+
+    def example(self, index: int, seed: int | None) -> dict[str, np.ndarray]: ...
+
+    @classmethod
+    def shapes(cls, **options: Any) -> dict[str, jax.ShapeDtypeStruct]: ...
 
 
 def episode_batches(
@@ -48,11 +81,7 @@ def episode_batches(
     Raises:
       UsageError: the batch does not divide over the hosts, or `EpisodeSampler` refuses.
     """
-    if batch_size % process_count:
-        raise UsageError(
-            f"A batch of {batch_size} episodes does not divide over {process_count} hosts: "
-            f"use a multiple of {process_count}."
-        )
+    _check_hosts(batch_size, process_count, "episodes")
     sampler = EpisodeSampler(source, seed, ways, shots, queries, mode)
 
     def load(episode: int) -> dict[str, np.ndarray]:
@@ -66,16 +95,162 @@ def episode_batches(
     stop = _FOREVER if num_steps is None else (start_step + num_steps) * batch_size
     episodes = grain.MapDataset.range(start_step * batch_size, stop)
     dataset = episodes.map(load)[process_index::process_count].batch(batch_size // process_count)
+    return _read(dataset, num_threads)
+
+
+def episode_shapes(
+    example: Mapping[str, jax.ShapeDtypeStruct], *, ways: int, shots: int, queries: int, batch_size: int, **_: object
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `episode_batches` yields on one host, for images like `example["image"]`."""
+    image = example["image"].shape
+    return {
+        "support": jax.ShapeDtypeStruct((batch_size, ways, shots, *image), np.uint8),
+        "query": jax.ShapeDtypeStruct((batch_size, ways * queries, *image), np.uint8),
+        "query_labels": jax.ShapeDtypeStruct((batch_size, ways * queries), np.int32),
+    }
+
+
+def example_batches(
+    source: ExampleSource,
+    *,
+    seed: int,
+    batch_size: int,
+    transforms: Mapping[str, Mapping[str, Any]] = {},
+    start_step: int = 0,
+    num_steps: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Iterates over batches of augmented examples, every epoch in an order of its own, from `start_step` on.
+
+    Args:
+      source: the data set.
+      seed: of the orders and of all that is random about the examples.
+      batch_size: B, the examples of a step on all hosts together; batches run on over the end of an epoch.
+      transforms: name in `TRANSFORMS` -> its keywords; applied in the table's order.
+      start_step, num_steps: the first step and how many follow (without end by default).
+      process_index, process_count: host p of n takes every n-th example, starting with its p-th.
+      num_threads: threads that read batches ahead; 0 reads in the caller's thread.
+
+    Yields:
+      dicts of the source's fields and those of the transforms, stacked: [B/n, ...].
+
+    Raises:
+      UsageError: the batch does not divide over the hosts, the seed is negative, or a transform or its
+        keyword does not exist or does not fit the source's fields.
+    """
+    _check_hosts(batch_size, process_count, "examples")
+    if seed < 0:
+        raise UsageError(f"A stream of examples needs a seed of at least 0, but got {seed}.")
+    transform = _transform(transforms)
+
+    # Two, because the threads that read ahead pass from one epoch to the next at different moments.
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(source.num_examples)
+
+    def load(step: int) -> dict[str, np.ndarray]:
+        positions = range(step * batch_size + process_index, (step + 1) * batch_size, process_count)
+        seeds = np.stack([_seeds(seed, position) for position in positions])
+        examples = [
+            source.example(int(order(position // source.num_examples)[position % source.num_examples]), int(own))
+            for position, own in zip(positions, seeds[:, 0], strict=True)
+        ]
+        return transform(_stack(examples), seeds[:, 1])
+
+    stop = _FOREVER if num_steps is None else start_step + num_steps
+    return _read(grain.MapDataset.range(start_step, stop).map(load), num_threads)
+
+
+def eval_batches(
+    source: ExampleSource,
+    batch_size: int,
+    transforms: Mapping[str, Mapping[str, Any]] = {},
+    seed: int = 0,
+    num_examples: int | None = None,
+    num_threads: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Iterates once over the first examples of a source, in order and with the evaluation transform.
+
+    Args:
+      source: the data set.
+      batch_size: B; the last batch is filled up with its last example, so that all have one shape.
+      transforms: name in `TRANSFORMS` -> its keywords.
+      seed: of the transforms; what happens to an example depends on (seed, index), not on the batch size.
+      num_examples: how many; all by default.
+      num_threads: threads that read batches ahead.
+
+    Yields:
+      dicts like those of `example_batches` with the further field present bool [B], False in rows that fill up.
+
+    Raises:
+      UsageError: more examples are asked for than there are, or fewer than one.
+    """
+    total = source.num_examples if num_examples is None else num_examples
+    if not 0 < total <= source.num_examples:
+        raise UsageError(
+            f"{source.name} ({source.split}) has {source.num_examples} examples, but {total} were asked for: "
+            f"ask for 1 to {source.num_examples}."
+        )
+    transform = _transform(transforms)
+
+    def load(batch: int) -> dict[str, np.ndarray]:
+        rows = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        indices = np.minimum(rows, total - 1)
+        seeds = np.stack([_seeds(seed, int(index))[1] for index in indices])
+        examples = {index: source.example(int(index), None) for index in np.unique(indices)}
+        return transform(_stack([examples[index] for index in indices]), seeds) | {"present": rows < total}
+
+    return _read(grain.MapDataset.range(-(-total // batch_size)).map(load), num_threads)
+
+
+def example_shapes(
+    example: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    batch_size: int,
+    transforms: Mapping[str, Mapping[str, Any]] = {},
+    **_: object,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `example_batches` yields on one host, for examples of the given shapes."""
+    # The transforms tell their fields by being applied to two rows of zeros.
+    rows = {name: np.zeros((2, *field.shape), field.dtype) for name, field in example.items()}
+    batch = _transform(transforms)(rows, np.zeros(2, np.uint32))
+    return {name: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype) for name, rows in batch.items()}
+
+
+def _transform(transforms: Mapping[str, Mapping[str, Any]]) -> Callable[[Any, np.ndarray], dict[str, np.ndarray]]:
+    """The transforms as one function of a batch and the seeds of its rows."""
+    for name, options in transforms.items():
+        function = lookup(TRANSFORMS, name, "transform")
+        check_keys(options, function, f"config.pipeline.transforms.{name}")
+
+    def apply(batch: dict[str, np.ndarray], seeds: np.ndarray) -> dict[str, np.ndarray]:
+        for name in TRANSFORMS:
+            if name in transforms:
+                batch = TRANSFORMS[name](batch, seeds, **transforms[name])
+        return batch
+
+    return apply
+
+
+def _seeds(seed: int, position: int) -> np.ndarray:
+    """uint32 [2]: the seeds of the example at a position and of what transforms do to it."""
+    return np.random.SeedSequence([seed, position]).generate_state(2)
+
+
+def _stack(examples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _read(dataset: grain.MapDataset, num_threads: int) -> Iterator[dict[str, np.ndarray]]:
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(dataset.to_iter_dataset(options))
 
 
-def episode_shapes(
-    *, image_shape: tuple[int, int, int], ways: int, shots: int, queries: int, batch_size: int, **_: object
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `episode_batches` yields on one host, for images of shape [H, W, C]."""
-    return {
-        "support": jax.ShapeDtypeStruct((batch_size, ways, shots, *image_shape), np.uint8),
-        "query": jax.ShapeDtypeStruct((batch_size, ways * queries, *image_shape), np.uint8),
-        "query_labels": jax.ShapeDtypeStruct((batch_size, ways * queries), np.int32),
-    }
+def _check_hosts(batch_size: int, process_count: int, what: str) -> None:
+    if batch_size % process_count:
+        raise UsageError(
+            f"A batch of {batch_size} {what} does not divide over {process_count} hosts: "
+            f"use a multiple of {process_count}."
+        )
