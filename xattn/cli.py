@@ -12,12 +12,14 @@ from absl import flags, logging
 from xattn import analysis, data, evals, models, tasks, train
 from xattn.checkpoints import DamagedCheckpoint
 from xattn.config import UsageError, cache_dir, config_names, parse_config
+from xattn.interop.convert import convert
 
 USAGE = """usage: xattn VERB [--config=NAME[:VARIANT]] [--config.key=value ...] [flags]
 
 verbs:
   train    --config=NAME [--workdir=DIR]      train, or continue the run in DIR, then evaluate
   eval     --workdir=DIR [--against=DIR]      evaluate a run; compare it with another, episode by episode
+  convert  KIND SOURCE WORKDIR [--data=DIR]   published weights to a workdir (docs/weights.md)
   inspect  --config=NAME [--json]             parameters, FLOPs, memory and shapes
   list                                        models, tasks, sources, evaluations, configs
 
@@ -110,6 +112,19 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
+def _convert(arguments: list[str]) -> int:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("data", None, "the data set's folder, for config.data.root", flag_values=values)
+
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    values, *_ = _parse(define, [argument for argument in arguments if argument.startswith("-")])
+    if len(words) != 3:
+        raise UsageError("give KIND SOURCE WORKDIR and flags as --data=DIR, such as hf_perceiver DIR runs/language.")
+    kind, source, workdir = words
+    print(convert(kind, Path(source), Path(workdir), Path(values.data) if values.data else None))
+    return 0
+
+
 def _inspect(arguments: list[str]) -> int:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
@@ -126,11 +141,11 @@ def _list(arguments: list[str]) -> int:
     for title, table in tables.items():
         print(f"{title}:")
         for name, entry in table.items():
-            print(f"  {name:<18}{(entry.__doc__ or '').strip().splitlines()[0]}")
+            print(f"  {name:<24}{(entry.__doc__ or '').strip().splitlines()[0]}")
     print("configs:")
     for name in config_names():
         print(f"  {name}")
     return 0
 
 
-VERBS = {"train": _train, "eval": _eval, "inspect": _inspect, "list": _list}
+VERBS = {"train": _train, "eval": _eval, "convert": _convert, "inspect": _inspect, "list": _list}

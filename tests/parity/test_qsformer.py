@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from xattn import interop
-from xattn.interop.qsformer import _layer, _read
+from xattn.interop.qsformer import _layer
+from xattn.interop.tensors import read
 from xattn.layers.transformer import DecoderLayer, EncoderLayer
 from xattn.models.qsformer import fit_prototypes
 
@@ -165,7 +166,7 @@ def test_layers_are_torchs(memory):
         tensor.add_(0.1 * torch.randn_like(tensor))
     inputs = [torch.randn(2, n, 16, dtype=torch.float64) for n in ((5, 7) if memory else (5,))]
     state = {f"layer.{name}": tensor.numpy() for name, tensor in reference.state_dict().items()}
-    params = _read(_layer("layer", "layer", 16, 4, 24, memory=memory), {}, state)["params"]["layer"]
+    params = read(_layer("layer", "layer", 16, 4, 24, memory=memory), state)["params"]["layer"]
     layer = DecoderLayer(4, 24) if memory else EncoderLayer(4, 24)
     out = layer.apply({"params": params}, *(jnp.asarray(x.numpy(), jnp.float32) for x in inputs))
     with torch.no_grad():

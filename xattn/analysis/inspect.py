@@ -25,7 +25,8 @@ def inspect(config: Config) -> dict[str, Any]:
       parameters_released, unused_released: where published weights hold tensors that no forward pass
         uses (and this model leaves out): their total with these, and each of them by name;
       flops_forward: 2 x multiply-adds of matrix products and convolutions;
-      memory: bytes of parameters, of Adam's state, and of the compiled forward pass's temporaries here;
+      memory: bytes of parameters, of Adam's state, of the temporaries of the forward pass as compiled for this
+        device, and of all that this pass holds at its peak (parameters, inputs, temporaries, outputs);
       inputs: the shapes it was counted for;
       by_module: the same by module path: `parameters`, `flops`, `output` shapes.
     """
@@ -59,7 +60,12 @@ def inspect(config: Config) -> dict[str, Any]:
         "parameters": total,
         **({"parameters_released": total + sum(unused.values()), "unused_released": unused} if unused else {}),
         "flops_forward": flops.total(),
-        "memory": {"parameters": 4 * total, "adam_state": 8 * total, "forward_temporaries": memory.temp_size_in_bytes},
+        "memory": {
+            "parameters": 4 * total,
+            "adam_state": 8 * total,
+            "forward_temporaries": memory.temp_size_in_bytes,
+            "forward_peak": memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        },
         "inputs": {name: list(leaf.shape) for name, leaf in batch.items()},
         "by_module": {
             path or "(all)": {"parameters": count, "flops": _flops_below(flops, path), "output": outputs.get(path)}

@@ -1,4 +1,4 @@
-"""Weights in and out: state dicts of published code to models and variables, and back."""
+"""Weights in and out: published arrays to models and variables, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,15 @@ from flax import linen as nn
 
 from xattn import models
 from xattn.config import lookup
-from xattn.interop import qsformer
+from xattn.interop import deepmind_perceiver, hf_perceiver, qsformer
 
 KINDS = {
+    "hf_perceiver": (hf_perceiver.from_torch, hf_perceiver.to_torch),
     "qsformer": (qsformer.from_torch, qsformer.to_torch),
     "qsformer-encoder": (qsformer.encoder_from_torch, qsformer.encoder_to_torch),
+}
+HAIKU_KINDS = {
+    "deepmind_perceiver": (deepmind_perceiver.from_haiku, deepmind_perceiver.to_haiku),
 }
 
 # Model: parameters of its published weights that no forward pass reads and that it leaves out, name to size.
@@ -28,7 +32,8 @@ def from_torch(
 
     Args:
       kind: a name in `KINDS`.
-      config: the source's own config as a plain dict (for "qsformer", the official command-line arguments).
+      config: the source's own config as a plain dict (for "qsformer", the official command-line arguments; for
+        "hf_perceiver", the contents of config.json).
       state_dict: the source's names to numpy arrays.
       **overrides: constructor keywords of the model that should differ from the source, such as attn_axis="tokens".
 
@@ -39,8 +44,33 @@ def from_torch(
 
 
 def to_torch(kind: str, config: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The source's state dict for `variables`: the inverse of `from_torch`, bit by bit."""
+    """The source's state dict for `variables`: the inverse of `from_torch`, bit by bit.
+
+    What no forward pass reads comes back too, except that "hf_perceiver" sets BatchNorm's counters to zero.
+    """
     return lookup(KINDS, kind, "kind of weights")[1](config, variables)
+
+
+def from_haiku(
+    kind: str, name: str, arrays: Mapping[str, np.ndarray], **overrides: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and variables of published weights of a Haiku program; the model reproduces the outputs of its source.
+
+    Args:
+      kind: a name in `HAIKU_KINDS`.
+      name: the published model, such as "language".
+      arrays: "module/parameter", such as "embed/embeddings", to numpy arrays, those of Haiku's state among them.
+      **overrides: constructor keywords of the model that should differ from the source, such as variant="hf".
+
+    Raises:
+      UsageError: unknown kind, name or keyword; missing, surplus or wrongly shaped arrays, each named.
+    """
+    return lookup(HAIKU_KINDS, kind, "kind of weights")[0](name, arrays, **overrides)
+
+
+def to_haiku(kind: str, name: str, variables: Mapping[str, Any], **overrides: Any) -> dict[str, np.ndarray]:
+    """The source's arrays for `variables`: the inverse of `from_haiku`, with the same overrides, bit by bit."""
+    return lookup(HAIKU_KINDS, kind, "kind of weights")[1](name, variables, **overrides)
 
 
 def unused_released(model_config: Mapping[str, Any]) -> dict[str, int]:

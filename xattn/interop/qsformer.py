@@ -8,16 +8,15 @@ which the model ignores, so that the way back gives every bit again.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.core import meta
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xattn.config import UsageError, check_keys, lookup
+from xattn.interop.tensors import Tensor, batch_norm, conv, linear, norm, read, vector, write
+from xattn.models import build
 from xattn.models.qsformer import CIFE, VARIANTS, QSFormer
 from xattn.models.resnet12 import ResNet12
 
@@ -90,13 +89,13 @@ def from_torch(
             f"config N is {model.num_blocks}, but the state dict has {len(blocks)} blocks (trans.*): set N to "
             f"{len(blocks)}, or give the state dict that belongs to the config."
         )
-    return model, _read(_tensors(model), _unused(model), state_dict)
+    return model, read(_tensors(model), state_dict, _unused(model))
 
 
 def to_torch(config: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Official state dict, without `module.`, of the variables of a model that `from_torch` could have made."""
     model = _model(config, {})
-    return _write(_tensors(model), _unused(model), variables)
+    return write(_tensors(model), variables, _unused(model))
 
 
 def encoder_from_torch(
@@ -109,12 +108,12 @@ def encoder_from_torch(
         for name, value in _official_names(state_dict).items()
         if not name.startswith(("trans.", "patchFormer."))
     }
-    return encoder, _read(_encoder_tensors(encoder, ""), _unused_of_encoder(), state_dict)
+    return encoder, read(_encoder_tensors(encoder, ""), state_dict, _unused_of_encoder())
 
 
 def encoder_to_torch(config: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Official state dict of an encoder, with `encoder.` before each name."""
-    return _write(_encoder_tensors(_model(config, {}).encoder, ""), _unused_of_encoder(), variables)
+    return write(_encoder_tensors(_model(config, {}).encoder, ""), variables, _unused_of_encoder())
 
 
 def released_parameters(model: nn.Module) -> dict[str, int]:
@@ -130,7 +129,8 @@ def released_parameters(model: nn.Module) -> dict[str, int]:
     return {name: math.prod(shape) for name, (shape, _) in _unused_of_blocks(model).items()}
 
 
-def _model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> QSFormer:
+def model_config(config: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    """The config of the released model, as `xattn.models.build` takes it; arguments as of `from_torch`."""
     if "dataset" not in config:
         raise UsageError(f"config has no dataset: give one of {', '.join(VARIANTS)}.")
     keywords = lookup(VARIANTS, config["dataset"], "dataset") | dict(prototypes="sfc")
@@ -157,9 +157,11 @@ def _model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> QSFormer:
     if "encoder" in keywords:
         raise UsageError("overrides cannot replace the encoder whose weights are read: leave out 'encoder'.")
     check_keys(keywords, QSFormer, "overrides")
+    return dict(name="qsformer", encoder=dict(name="cife", backbone=dict(name="resnet12"), **encoder), **keywords)
 
-    backbone = ResNet12(dtype=overrides.get("dtype"))
-    model = QSFormer(encoder=CIFE(backbone=backbone, **encoder), **keywords)
+
+def _model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    model: Any = build(model_config(config, **overrides), dtype=overrides.get("dtype"))
     width = model.encoder.backbone.widths[-1]
     heads = {"head": model.encoder.num_heads, "head_metric": model.num_heads, "head_enc": model.patch_num_heads}
     for key, count in heads.items():
@@ -168,126 +170,81 @@ def _model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> QSFormer:
     return model
 
 
-class _Tensor(NamedTuple):
-    """How an official tensor of `shape` becomes the leaves at `paths`, and how they become the tensor."""
-
-    shape: tuple[int, ...]
-    paths: tuple[str, ...]
-    read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    write: Callable[..., np.ndarray]
-
-
-def _vector(size: int, path: str) -> _Tensor:
-    return _Tensor((size,), (path,), lambda x: (x,), lambda x: x)
-
-
-def _linear(name: str, path: str, rows: int, columns: int) -> dict[str, _Tensor]:
-    return {
-        f"{name}.weight": _Tensor((rows, columns), (f"params/{path}/kernel",), lambda w: (w.T,), lambda w: w.T),
-        f"{name}.bias": _vector(rows, f"params/{path}/bias"),
-    }
-
-
-def _conv(name: str, path: str, inputs: int, outputs: int, size: int) -> dict[str, _Tensor]:
-    """Kernel OIHW to HWIO."""
-    kernel = _Tensor(
-        (outputs, inputs, size, size),
-        (f"params/{path}/kernel",),
-        lambda w: (w.transpose(2, 3, 1, 0),),
-        lambda w: w.transpose(3, 2, 0, 1),
-    )
-    return {f"{name}.weight": kernel}
-
-
-def _norm(name: str, path: str, size: int) -> dict[str, _Tensor]:
-    return {
-        f"{name}.weight": _vector(size, f"params/{path}/scale"),
-        f"{name}.bias": _vector(size, f"params/{path}/bias"),
-    }
-
-
-def _batch_norm(name: str, path: str, size: int) -> dict[str, _Tensor]:
-    return _norm(name, path, size) | {
-        f"{name}.running_mean": _vector(size, f"batch_stats/{path}/mean"),
-        f"{name}.running_var": _vector(size, f"batch_stats/{path}/var"),
-    }
-
-
-def _attention(name: str, path: str, width: int, heads: int) -> dict[str, _Tensor]:
+def _attention(name: str, path: str, width: int, heads: int) -> dict[str, Tensor]:
     """The rows of the packed projection are those of q, k and v; within each, head by head."""
     parts = [f"params/{path}/{part}" for part in ("query", "key", "value")]
     per_head = (heads, width // heads)
     return {
-        f"{name}.in_proj_weight": _Tensor(
+        f"{name}.in_proj_weight": Tensor(
             (3 * width, width),
             tuple(f"{part}/kernel" for part in parts),
             lambda w: tuple(block.T.reshape(width, *per_head) for block in np.split(w, 3)),
             lambda *kernels: np.concatenate([kernel.reshape(width, width).T for kernel in kernels]),
         ),
-        f"{name}.in_proj_bias": _Tensor(
+        f"{name}.in_proj_bias": Tensor(
             (3 * width,),
             tuple(f"{part}/bias" for part in parts),
             lambda b: tuple(block.reshape(per_head) for block in np.split(b, 3)),
             lambda *biases: np.concatenate([bias.reshape(width) for bias in biases]),
         ),
-        f"{name}.out_proj.weight": _Tensor(
+        f"{name}.out_proj.weight": Tensor(
             (width, width),
             (f"params/{path}/out/kernel",),
             lambda w: (w.T.reshape(*per_head, width),),
             lambda kernel: kernel.reshape(width, width).T,
         ),
-        f"{name}.out_proj.bias": _vector(width, f"params/{path}/out/bias"),
+        f"{name}.out_proj.bias": vector(width, f"params/{path}/out/bias"),
     }
 
 
-def _layer(name: str, path: str, width: int, heads: int, mlp_dim: int, *, memory: bool = False) -> dict[str, _Tensor]:
+def _layer(name: str, path: str, width: int, heads: int, mlp_dim: int, *, memory: bool = False) -> dict[str, Tensor]:
     """An encoder layer of torch, or a decoder layer if it has a `memory`."""
     tensors = _attention(f"{name}.self_attn", f"{path}/self_attn", width, heads)
     if memory:
         tensors |= _attention(f"{name}.multihead_attn", f"{path}/cross_attn", width, heads)
-    tensors |= _linear(f"{name}.linear1", f"{path}/mlp/linear1", mlp_dim, width)
-    tensors |= _linear(f"{name}.linear2", f"{path}/mlp/linear2", width, mlp_dim)
+    tensors |= linear(f"{name}.linear1", f"{path}/mlp/linear1", mlp_dim, width)
+    tensors |= linear(f"{name}.linear2", f"{path}/mlp/linear2", width, mlp_dim)
     for i in range(1, 4 if memory else 3):
-        tensors |= _norm(f"{name}.norm{i}", f"{path}/norm{i}", width)
+        tensors |= norm(f"{name}.norm{i}", f"{path}/norm{i}", width)
     return tensors
 
 
-def _encoder_tensors(encoder: nn.Module, prefix: str) -> dict[str, _Tensor]:
+def _encoder_tensors(encoder: nn.Module, prefix: str) -> dict[str, Tensor]:
     tensors = {}
     widths = (3, *encoder.backbone.widths)
     width = widths[-1]
     for s, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         name, path = f"encoder.layer{s + 1}.0", f"{prefix}backbone/stage_{s}"
         for i in range(3):
-            tensors |= _conv(f"{name}.conv{i + 1}", f"{path}/conv_{i}", inputs if i == 0 else outputs, outputs, 3)
-            tensors |= _batch_norm(f"{name}.bn{i + 1}", f"{path}/norm_{i}", outputs)
-        tensors |= _conv(f"{name}.downsample.0", f"{path}/conv_shortcut", inputs, outputs, 1)
-        tensors |= _batch_norm(f"{name}.downsample.1", f"{path}/norm_shortcut", outputs)
+            tensors |= conv(f"{name}.conv{i + 1}", f"{path}/conv_{i}", inputs if i == 0 else outputs, outputs, 3)
+            tensors |= batch_norm(f"{name}.bn{i + 1}", f"{path}/norm_{i}", outputs)
+        tensors |= conv(f"{name}.downsample.0", f"{path}/conv_shortcut", inputs, outputs, 1)
+        tensors |= batch_norm(f"{name}.downsample.1", f"{path}/norm_shortcut", outputs)
     layer = (width, encoder.num_heads, encoder.mlp_dim)
-    tensors |= _conv("encoder.conv_3", f"{prefix}conv_3", widths[-2], width, 4)
-    tensors["encoder.conv_3.bias"] = _vector(width, f"params/{prefix}conv_3/bias")
+    tensors |= conv("encoder.conv_3", f"{prefix}conv_3", widths[-2], width, 4)
+    tensors["encoder.conv_3.bias"] = vector(width, f"params/{prefix}conv_3/bias")
     tensors |= _layer("encoder.encoder_layer_3", f"{prefix}encoder_layer", *layer)
     tensors |= _layer("encoder.decoder_layer_3", f"{prefix}decoder_layer", *layer, memory=True)
     return tensors
 
 
-def _tensors(model: QSFormer) -> dict[str, _Tensor]:
+def _tensors(model: QSFormer) -> dict[str, Tensor]:
     width = model.encoder.backbone.widths[-1]
     tensors = _encoder_tensors(model.encoder, "encoder/")
     for i in range(model.num_blocks):
         name, path = f"trans.{i}", f"block_{i}"
         tensors |= _layer(f"{name}.encoder_layer", f"{path}/encoder_layer", width, model.num_heads, model.mlp_dim)
         tensors |= _attention(f"{name}.sa", f"{path}/query_attn", width, model.num_heads)
-        tensors |= _linear(f"{name}.transformer_decoder.qkv", f"{path}/projection", width, width)
+        tensors |= linear(f"{name}.transformer_decoder.qkv", f"{path}/projection", width, width)
         if model.projection_norm == "layer":
-            tensors |= _norm(f"{name}.transformer_decoder.norm", f"{path}/norm", width)
+            tensors |= norm(f"{name}.transformer_decoder.norm", f"{path}/norm", width)
     return tensors | _attention("patchFormer", "patchformer", width, model.patch_num_heads)
 
 
 def _unused_of_encoder() -> dict[str, tuple[tuple[int, ...], np.generic]]:
     """Counters of BatchNorm, never read in evaluation: official name to (shape, initial value)."""
     norms = ("bn1", "bn2", "bn3", "downsample.1")
-    return {f"encoder.layer{s}.0.{norm}.num_batches_tracked": ((), np.int64(0)) for s in range(1, 5) for norm in norms}
+    return {f"encoder.layer{s}.0.{name}.num_batches_tracked": ((), np.int64(0)) for s in range(1, 5) for name in norms}
 
 
 def _unused_of_blocks(model: QSFormer) -> dict[str, tuple[tuple[int, ...], np.generic]]:
@@ -295,9 +252,9 @@ def _unused_of_blocks(model: QSFormer) -> dict[str, tuple[tuple[int, ...], np.ge
     norms = ("norm",) if model.projection_norm == "layer" else ("norm", "transformer_decoder.norm")
     shape = (model.encoder.backbone.widths[-1],)
     return {
-        f"trans.{i}.{norm}.{part}": (shape, np.float32(value))
+        f"trans.{i}.{name}.{part}": (shape, np.float32(value))
         for i in range(model.num_blocks)
-        for norm in norms
+        for name in norms
         for part, value in (("weight", 1), ("bias", 0))
     }
 
@@ -312,39 +269,3 @@ def _official_names(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     if not any(name.startswith("encoder.") for name in names.values()):
         names = {name: name if short.startswith("fc.") else f"encoder.{short}" for name, short in names.items()}
     return {short: np.asarray(state_dict[name]) for name, short in names.items() if not short.startswith("fc.")}
-
-
-def _read(tensors, unused, state_dict) -> dict[str, Any]:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    shapes |= {name: shape for name, (shape, _) in unused.items()}
-    problems = [f"missing {name}" for name in shapes if name not in state_dict]
-    problems += [f"surplus {name}" for name in state_dict if name not in shapes]
-    problems += [
-        f"{name} has shape {list(state_dict[name].shape)} instead of {list(shape)}"
-        for name, shape in shapes.items()
-        if name in state_dict and state_dict[name].shape != shape
-    ]
-    if problems:
-        raise UsageError(f"The state dict does not fit the config in {len(problems)} tensors: {'; '.join(problems)}.")
-    leaves = {}
-    for name, tensor in tensors.items():
-        parts = tensor.read(state_dict[name].astype(np.float32))
-        leaves |= {path: jnp.asarray(part) for path, part in zip(tensor.paths, parts, strict=True)}
-    variables = unflatten_dict(leaves, sep="/")
-    kept = {name: state_dict[name] for name, (_, value) in unused.items() if (state_dict[name] != value).any()}
-    return variables | ({"released": kept} if kept else {})
-
-
-def _write(tensors, unused, variables) -> dict[str, np.ndarray]:
-    variables = meta.unbox(dict(variables))
-    kept = variables.pop("released", {})
-    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
-    if missing := [path for tensor in tensors.values() for path in tensor.paths if path not in leaves]:
-        raise UsageError(f"The variables do not fit the config: they lack {', '.join(missing)}.")
-    state_dict = {
-        name: np.ascontiguousarray(tensor.write(*(leaves[path] for path in tensor.paths)))
-        for name, tensor in tensors.items()
-    }
-    for name, (shape, value) in unused.items():
-        state_dict[name] = np.asarray(kept.get(name, np.full(shape, value)), value.dtype)
-    return state_dict

@@ -1,12 +1,34 @@
 """Models by name."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
+from flax.core import FrozenDict
 
 from xattn.config import check_keys, lookup
+from xattn.layers.positions import FourierPositions, TrainablePositions
 from xattn.models.conv4 import Conv4
+from xattn.models.perceiver_io import (
+    EmbeddingDecoder,
+    PerceiverDecoder,
+    PerceiverEncoder,
+    PerceiverIO,
+    ProjectionDecoder,
+    Queries,
+    perceiver,
+)
+from xattn.models.perceiver_processors import (
+    AudioPostprocessor,
+    AudioPreprocessor,
+    ImagePostprocessor,
+    ImagePreprocessor,
+    MultimodalPostprocessor,
+    MultimodalPreprocessor,
+    OneHotPreprocessor,
+    ProjectionPostprocessor,
+    TextPreprocessor,
+)
 from xattn.models.protonet import ProtoNet
 from xattn.models.qsformer import CIFE, QSFormer
 from xattn.models.resnet12 import ResNet12
@@ -14,18 +36,43 @@ from xattn.models.resnet12 import ResNet12
 MODELS = {
     "cife": CIFE,
     "conv4": Conv4,
+    "perceiver": perceiver,
+    "perceiver_io": PerceiverIO,
     "protonet": ProtoNet,
     "qsformer": QSFormer,
     "resnet12": ResNet12,
 }
 
+PARTS = {
+    "audio_postprocessor": AudioPostprocessor,
+    "audio_preprocessor": AudioPreprocessor,
+    "embedding_decoder": EmbeddingDecoder,
+    "fourier_positions": FourierPositions,
+    "image_postprocessor": ImagePostprocessor,
+    "image_preprocessor": ImagePreprocessor,
+    "multimodal_postprocessor": MultimodalPostprocessor,
+    "multimodal_preprocessor": MultimodalPreprocessor,
+    "one_hot_preprocessor": OneHotPreprocessor,
+    "perceiver_decoder": PerceiverDecoder,
+    "perceiver_encoder": PerceiverEncoder,
+    "projection_decoder": ProjectionDecoder,
+    "projection_postprocessor": ProjectionPostprocessor,
+    "queries": Queries,
+    "text_preprocessor": TextPreprocessor,
+    "trainable_positions": TrainablePositions,
+}
+"""Parts of models by name: what a config may hold inside a model."""
 
-def build(config: Mapping[str, Any], where: str = "model", **defaults: Any) -> nn.Module:
+INHERITED = ("attention", "dtype", "variant")
+"""Keywords that a part takes over from the config around it, if it has them and leaves them out."""
+
+
+def build(config: Mapping[str, Any], where: str = "model", **defaults: Any) -> Any:
     """Makes the model of a config.
 
     Args:
-      config: {"name": a name in `MODELS`, and constructor keywords}. A value that is itself such a mapping becomes a
-        module first.
+      config: {"name": a name in `MODELS` or `PARTS`, and constructor keywords}. A value that is itself such a mapping
+        becomes a module first, and a mapping of such mappings a dict of modules. Parts inherit what `INHERITED` names.
       where: path of `config` in the whole, for messages.
       **defaults: constructor keywords, such as dtype, for each module that has them and whose config leaves them out.
 
@@ -33,10 +80,21 @@ def build(config: Mapping[str, Any], where: str = "model", **defaults: Any) -> n
       UsageError: unknown name or keyword.
     """
     keywords = dict(config)
-    model = lookup(MODELS, keywords.pop("name"), "model")
+    model = lookup(MODELS | PARTS, keywords.pop("name"), "model")
     check_keys(keywords, model, where)
-    for key, value in keywords.items():
-        if isinstance(value, Mapping) and "name" in value:
-            keywords[key] = build(value, f"{where}.{key}", **defaults)
-    known = {field for field in model.__dataclass_fields__ if field not in ("parent", "name")}
-    return model(**{key: value for key, value in defaults.items() if key in known} | keywords)
+    known = set(inspect.signature(model).parameters) - {"parent", "name"}
+    keywords = {key: value for key, value in defaults.items() if key in known} | keywords
+    inherited = defaults | {key: keywords[key] for key in INHERITED if key in keywords}
+
+    def part(value: Any, path: str) -> Any:
+        if _is_config(value):
+            return build(value, path, **inherited)
+        if isinstance(value, Mapping) and value and all(map(_is_config, value.values())):
+            return FrozenDict({key: build(entry, f"{path}.{key}", **inherited) for key, entry in value.items()})
+        return FrozenDict(value) if isinstance(value, Mapping) else value  # jit takes hashable models
+
+    return model(**{key: part(value, f"{where}.{key}") for key, value in keywords.items()})
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("name"), str)
