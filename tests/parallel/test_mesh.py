@@ -171,6 +171,19 @@ def test_logical_constraints_lower_to_sharding_constraints_under_use_mesh_only()
 # Names.
 
 
+PERCEIVER = dict(
+    input_preprocessor=dict(
+        name="image_preprocessor",
+        prep_type="conv",
+        spatial_downsample=4,
+        num_channels=8,
+        positions=dict(name="trainable_positions", features=8, project_features=4),
+    ),
+    encoder=dict(
+        name="perceiver_encoder", num_latents=4, latent_features=8, num_blocks=2, num_self_attends_per_block=1
+    ),
+)
+
 TINY = {
     "conv4": [dict(name="conv4", widths=(8, 8, 8, 8), norm=norm) for norm in ("group", "batch")],
     "resnet12": [dict(name="resnet12", widths=(8, 8, 8, 8), norm=norm) for norm in ("group", "batch")],
@@ -186,6 +199,18 @@ TINY = {
             projection_norm=projection_norm,
         )
         for projection_norm in ("layer", "l2")
+    ],
+    "perceiver": [PERCEIVER | dict(name="perceiver", num_classes=3)],
+    "perceiver_io": [
+        PERCEIVER
+        | dict(
+            name="perceiver_io",
+            decoder=dict(
+                name="perceiver_decoder",
+                queries=dict(name="queries", positions=dict(name="trainable_positions", features=8)),
+                output_features=3,
+            ),
+        )
     ],
 }
 

@@ -39,7 +39,9 @@ def inspect(config: Config) -> dict[str, Any]:
     def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
         if context.method_name == "__call__":
-            outputs["/".join(context.module.path)] = jax.tree.map(lambda x: list(x.shape), result)
+            plain = isinstance(result, (jax.Array, tuple, list, dict))
+            shown = result if plain else jax.tree.leaves(result)  # of a dataclass, its arrays
+            outputs["/".join(context.module.path)] = jax.tree.map(lambda x: list(x.shape), shown)
         return result
 
     def initialise(batch: Any) -> Any:
@@ -84,12 +86,13 @@ def _by_prefix(params: Any) -> dict[str, int]:
 
 
 def _flops_below(flops: Counter[str], module: str) -> int:
-    # A name stack is the class of the outermost module, then submodules, with einsum and method names between.
+    # A name stack is the class of the outermost module, then submodules, perhaps with ".method", between them einsums
+    # and the wrappers that Linen puts around what it scans.
     wanted = module.split("/") if module else []
     total = 0
     for stack, count in flops.items():
-        names = [name for name in stack.split("/")[1:] if "->" not in name and "." not in name]
-        if names[: len(wanted)] == wanted:
+        names = iter([name.split(".")[0] for name in stack.split("/")[1:] if "->" not in name])
+        if all(name in names for name in wanted):
             total += count
     return total
 

@@ -19,9 +19,11 @@ with `repeat_cross_attend` the first pass has its own slot and the others are in
 
 `variant="hf"` runs the weights as transformers' port does; see the modules named above for each difference.
 
-Deviations: the released decoder of images with trained positions has no query residual where its sisters (and the port)
-have one; `use_query_residual` says it for each. Several modalities are decoded one after the other, which changes
-no number. With two axes or more, `index_dims=()` stands for the single output of a classifier.
+The decoders of the released code are one here: `Queries` says what is asked for; outputs have the shape of its grid.
+
+Deviations: of the released image classifiers, the one with trained positions has no query residual and the others have
+one; the port gives it to all. `use_query_residual` says it for each. Several modalities are decoded one by one, which
+changes no number.
 """
 
 import dataclasses
@@ -356,6 +358,11 @@ class PerceiverDecoder(nn.Module):
             encoded = encode(indices, grid)
             if not queries.concat_preprocessed_input:
                 return encoded
+            if part.features.shape[1] != math.prod(index_dims):
+                raise UsageError(
+                    f"{part.features.shape[1]} input rows cannot be part of the queries of a grid {index_dims}: "
+                    "set index_dims to the input's grid, or concat_preprocessed_input to False."
+                )
             features = take(part.features)
             return jnp.concatenate([features, jnp.broadcast_to(encoded, (*features.shape[:2], encoded.shape[-1]))], -1)
 
@@ -363,7 +370,7 @@ class PerceiverDecoder(nn.Module):
 
     def _decode(self, parts: dict[str, Any], count: int, q_mask: Any, kv: Any) -> jax.Array:
         """Outputs [B, count, C] of one modality, in chunks if there are more than one."""
-        size = self.decode_chunk_size or count
+        size = count if self.decode_chunk_size is None else self.decode_chunk_size
         if size < 1:
             raise UsageError(f"decode_chunk_size is {size}: give a positive number, or None for all queries at once.")
         watched = any(self.is_mutable_collection(name) for name in OBSERVED) or "perturbations" in self.variables
@@ -619,7 +626,7 @@ def _multimodal() -> dict[str, Any]:
             ),
             output_features=512,
             use_query_residual=False,
-            decode_chunk_size=None,
+            decode_chunk_size=16384,
         ),
         output_postprocessor=dict(
             name="multimodal_postprocessor",
