@@ -1,5 +1,6 @@
 import wave
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -145,9 +146,31 @@ def test_channels_are_averaged_and_a_little_silence_is_added(tmp_path):
         build("train", tmp_path).example(0, None)
 
 
+@pytest.mark.parametrize("channels, cut", [(1, 1), (2, 1), (2, 2), (2, 3)])
+def test_a_sound_that_is_cut_off_within_a_sample_is_named(tmp_path, channels, cut):
+    folder = tmp_path / "train" / "a" / "b"
+    write_clip(folder, 0, num_frames=4)
+    write_wav(folder / "audio.wav", np.zeros((45, channels)), channels=channels)
+    sound = (folder / "audio.wav").read_bytes()
+    (folder / "audio.wav").write_bytes(sound[:-cut])
+    with pytest.raises(UsageError, match="audio.wav' is cut off in the middle of a sample: make it again"):
+        build("train", tmp_path).example(0, None)
+
+
+@pytest.mark.parametrize("image_size", [32, (32,), (32, 32, 3), (32, 0), "32"])
+def test_an_image_size_that_is_no_pair_is_named(image_size, monkeypatch):
+    # Without the checked annotations of tests, as users run it.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for make in (lambda: RenderedClips("train", image_size=image_size), lambda: RenderedClips.shapes(2, image_size)):
+        with pytest.raises(UsageError, match="rendered_clips needs the height and the width of images as image_size"):
+            make()
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UsageError, match="folder of the data set is not given: add --config.data.root=DIR"):
         ClipFolders("train")
+    with pytest.raises(UsageError, match="There is no folder '.*/none': give the folder that holds the data set"):
+        build("train", tmp_path / "none")
     with pytest.raises(UsageError, match=r"There is no folder '.*/train': expected .*/train/<class>/<clip>/frame_"):
         build("train", tmp_path)
     (tmp_path / "train" / "a").mkdir(parents=True)

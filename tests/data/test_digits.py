@@ -44,7 +44,7 @@ def test_one_permutation_moves_the_pixels_of_all_images_in_all_splits():
 
 
 def test_mistakes_are_named(monkeypatch):
-    with pytest.raises(UsageError, match="Digits has no split 'dev': choose one of train, val, test"):
+    with pytest.raises(UsageError, match="digits has no split 'dev': choose one of train, val, test"):
         Digits("dev")
     with pytest.raises(UsageError, match="permute_pixels of at least 0, but got -1"):
         Digits("val", permute_pixels=-1)

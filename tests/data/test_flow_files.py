@@ -1,6 +1,7 @@
 import struct
 import zlib
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -247,6 +248,19 @@ def test_unknown_flow_is_not_valid(tmp_path):
     example = FlyingChairs("val", tmp_path).example(0, None)
     assert np.argwhere(~example["valid"]).tolist() == [[1, 2], [3, 3]]
     assert not example["flow"][~example["valid"]].any()
+
+
+@pytest.mark.parametrize("image_size", [4, 0, (4,), (4, 5, 3), (0, 5)])
+def test_an_image_size_that_is_no_pair_is_named(tmp_path, image_size, monkeypatch):
+    # Without the checked annotations of tests, as users run it.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    write_chairs(tmp_path)
+    for make in (
+        lambda: FlyingChairs("train", tmp_path, image_size),
+        lambda: FlyingChairs.shapes(image_size=image_size),
+    ):
+        with pytest.raises(UsageError, match="flying_chairs needs the height and the width of images as image_size"):
+            make()
 
 
 def test_mistakes_are_named(tmp_path):

@@ -186,7 +186,7 @@ def test_a_missing_split_is_named_with_the_layouts(tmp_path):
 def test_an_unknown_split_is_named(tmp_path):
     with pytest.raises(UsageError) as error:
         ClassFolders(tmp_path, "valid")
-    assert str(error.value) == "ClassFolders has no split 'valid': choose one of train, val, test."
+    assert str(error.value) == "class_folders has no split 'valid': choose one of train, val, test."
 
 
 @pytest.mark.parametrize("write", [write_folders, write_tables])

@@ -165,6 +165,52 @@ def test_damaged_records_are_named(tmp_path):
     assert levels(ImagenetArrayRecord("val", tmp_path / "records", 16, skip_damaged=True))[1] == VAL[2]
 
 
+@pytest.mark.parametrize("end", [0, 100, -1])
+def test_files_of_records_that_are_cut_short_are_named(tmp_path, end):
+    write_image_records(write_folders(tmp_path), tmp_path / "records", num_shards=3)
+    shard = tmp_path / "records" / "val-00001-of-00003.arrayrecord"
+    shard.write_bytes(shard.read_bytes()[:end])
+    with pytest.raises(UsageError, match="val-00001-of-00003.arrayrecord' is damaged or cut short .*: copy it again"):
+        ImagenetArrayRecord("val", tmp_path / "records")
+    assert levels(ImagenetArrayRecord("train", tmp_path / "records", 16))
+
+
+def test_damage_inside_of_a_file_of_records_is_named(tmp_path):
+    write_image_records(write_folders(tmp_path), tmp_path / "records", num_shards=1)
+    shard = tmp_path / "records" / "val-00000-of-00001.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[120] ^= 255  # in the first record: it begins after the signature and its header, at 104
+    shard.write_bytes(data)
+    source = ImagenetArrayRecord("val", tmp_path / "records", 16)
+    with pytest.raises(UsageError, match="record 0 of val can't be read .*: copy the .arrayrecord files again"):
+        source.example(0, None)
+    assert source.example(1, None)["label"] == 1
+
+
+def test_records_without_their_class_names_are_refused(tmp_path):
+    write_image_records(write_folders(tmp_path), tmp_path / "records", num_shards=1)
+    (tmp_path / "records" / "classes.txt").unlink()
+    with pytest.raises(UsageError, match="'.*records' has no classes.txt: copy it too, or write .* again"):
+        ImagenetArrayRecord("train", tmp_path / "records")
+
+
+def test_writing_that_is_interrupted_leaves_nothing_and_keeps_what_was_there(tmp_path):
+    folders, records = write_folders(tmp_path / "folders"), tmp_path / "records"
+    gone = folders / "val" / "n00000003" / "val_9.png"
+    gone.symlink_to("nowhere")
+    with pytest.raises(UsageError, match="'.*val_9.png' can't be read .*: replace or remove it"):
+        write_image_records(folders, records, num_shards=2)
+    assert list(records.iterdir()) == []
+    gone.unlink()
+    write_image_records(folders, records, num_shards=2)
+    before = {path.name: path.read_bytes() for path in records.iterdir()}
+    gone.symlink_to("nowhere")
+    write_image(folders / "train" / "n00000009" / "new.png", 1)
+    with pytest.raises(UsageError):
+        write_image_records(folders, records, num_shards=2)
+    assert {path.name: path.read_bytes() for path in records.iterdir()} == before
+
+
 def test_mistakes_are_named(tmp_path):
     for source in (Imagenet, ImagenetArrayRecord):
         with pytest.raises(UsageError, match="folder of the data set is not given: add --config.data.root=DIR"):
@@ -177,6 +223,8 @@ def test_mistakes_are_named(tmp_path):
         Imagenet("val", tmp_path)
     with pytest.raises(UsageError, match=r"has no files train-\*-of-\*.arrayrecord: write them with xattn.data.imag"):
         ImagenetArrayRecord("train", tmp_path)
+    with pytest.raises(UsageError, match=r"has no split 'train': expected .*/train/<class>/\*.JPEG"):
+        write_image_records(tmp_path, tmp_path / "none")
     write_folders(tmp_path)
     with pytest.raises(UsageError, match="config.data.randaugment has no key 'layers': did you mean 'num_layers'"):
         Imagenet("train", tmp_path, randaugment={"layers": 2})

@@ -177,7 +177,20 @@ def test_evaluation_reads_in_order_without_augmentation_and_fills_up_the_last_ba
     assert [batch["present"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
     assert all((batch["seed"] == -1).all() for batch in batches)
     (batch,) = eval_batches(Numbers(), 4, num_examples=2)
-    assert batch["index"].tolist() == [0, 1, 1, 1] and batch["present"].tolist() == [True, True, False, False]
+    assert batch["index"].tolist() == [0, 5, 5, 5] and batch["present"].tolist() == [True, True, False, False]
+
+
+def test_some_of_the_examples_are_spread_over_a_source_that_lists_class_by_class():
+    source = Numbers(40)
+    classes = np.repeat(np.arange(4), 10)
+    batches = list(eval_batches(source, 5, MASKED["transforms"], num_examples=12))
+    indices = np.concatenate([batch["index"][batch["present"]] for batch in batches])
+    assert np.bincount(classes[indices]).tolist() == [3, 3, 3, 3]
+    assert (np.diff(indices) > 0).all() and indices.tolist() == [3 * k + k // 3 for k in range(12)]
+    # What is masked belongs to the example, however many are asked for.
+    (whole,) = eval_batches(source, 40, MASKED["transforms"])
+    masks = np.concatenate([batch["loss_mask"][batch["present"]] for batch in batches])
+    np.testing.assert_array_equal(masks, whole["loss_mask"][indices])
 
 
 def test_evaluation_masks_the_same_words_at_every_batch_size():

@@ -1,3 +1,4 @@
+import jaxtyping
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -73,6 +74,19 @@ def test_examples_depend_on_split_and_index_alone():
     np.testing.assert_array_equal(frames("train", 3), frames("train", 3, seed=9))
     different = [frames(split, index).tobytes() for split in ("train", "val", "test") for index in range(3)]
     assert len(set(different)) == 9
+
+
+@pytest.mark.parametrize("image_size", [32, (32,), (32, 32, 3), (32, 0), (32, 1.5)])
+def test_an_image_size_that_is_no_pair_is_named(image_size, monkeypatch):
+    # Without the checked annotations of tests, as users run it.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for make in (lambda: MovingPlanes("train", image_size), lambda: MovingPlanes.shapes(image_size)):
+        with pytest.raises(UsageError) as error:
+            make()
+        assert str(error.value) == (
+            f"moving_planes needs the height and the width of images as image_size, but got {image_size}: "
+            "give two whole numbers of at least 1, such as (64, 96)."
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import smtplib
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -86,8 +87,50 @@ def test_without_folders_the_documents_are_divided_by_their_hash(tmp_path):
     assert splits["test"] == [text for text in documents if zlib.crc32(text.encode()) % 20 == 3]
 
 
+def test_lines_end_at_newlines_only_and_blank_ones_are_skipped(tmp_path):
+    documents = ["one\u2028two", "three\u0085four\u2029", "교차", "five\x0csix"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in documents[:3]]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.jsonl").write_bytes(b"\n" + b"\r\n \t\n".join(lines) + b"\n\n")
+    (tmp_path / "train" / "b.txt").write_bytes(documents[3].encode())
+    assert texts(TextFiles("train", tmp_path, 32)) == documents
+    (tmp_path / "train" / "c.jsonl").write_bytes(b"\n\n" + lines[0] + b"\nno json\n")
+    with pytest.raises(UsageError, match="line 4 of '.*c.jsonl' is not a JSON object"):
+        TextFiles("train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, data, sentence",
+    [
+        ("a.txt", "caf\xe9".encode("latin-1"), "'.*a.txt' is not text in UTF-8.*: convert or remove it"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "line 1 of '.*a.jsonl' is not a JSON object in UTF-8 with a string 'text'"),
+    ],
+)
+def test_text_in_other_encodings_is_named(tmp_path, name, data, sentence):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=sentence):
+        TextFiles("train", tmp_path)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_the_corpus_is_held_in_memory_once(tmp_path, divided):
+    """Both while it is read and afterwards; where documents are divided, those of other splits are not kept."""
+    folder = tmp_path / "train" if divided else tmp_path
+    folder.mkdir(exist_ok=True)
+    size, documents = 100_000, 60
+    rows = [json.dumps({"text": chr(97 + number % 26) * size}) for number in range(documents)]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    for split in ("train",) if divided else ("train", "val"):
+        tracemalloc.start()
+        source = TextFiles(split, tmp_path, 1000)
+        held, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        corpus = 1000 * source.num_examples
+        assert corpus <= held < 1.2 * corpus and peak < 1.2 * corpus + 10 * size
+
+
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(UsageError, match=r"folder of the text is not given: add --config.data.root=DIR"):
+    with pytest.raises(UsageError, match=r"folder of the data set is not given: add --config.data.root=DIR"):
         TextFiles("train")
     with pytest.raises(UsageError, match="There is no folder '.*/none'"):
         TextFiles("train", tmp_path / "none")
@@ -103,5 +146,5 @@ def test_mistakes_are_named(tmp_path):
         TextFiles("train", tmp_path)
     for line in ("no json", '{"content": "x"}', '["text"]', '{"text": 3}'):
         (tmp_path / "train" / "b.jsonl").write_text('{"text": "fine"}\n' + line)
-        with pytest.raises(UsageError, match=r"line 2 of '.*b.jsonl' is not a JSON object with a string 'text'"):
+        with pytest.raises(UsageError, match=r"line 2 of '.*b.jsonl' is not a JSON object in UTF-8 with a string"):
             TextFiles("train", tmp_path)

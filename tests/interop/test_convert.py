@@ -67,6 +67,15 @@ def test_config_says_how_inputs_are_prepared(tmp_path):
     assert xattn.load(tmp_path / "clips-run")[0] == from_torch("hf_perceiver", expected, state, dtype="float32")[0]
 
 
+def test_colours_are_those_of_imagenet_unless_said(tmp_path):
+    image = published(tmp_path / "image", LEARNED)
+    processor = {key: value for key, value in PROCESSOR.items() if not key.startswith("image_")}
+    (image / "preprocessor_config.json").write_text(json.dumps(processor))
+    convert("hf_perceiver", image, tmp_path / "to")
+    task = read_config(tmp_path / "to").task
+    assert (task.mean, task.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_read_as_float32(dtype, tmp_path):
     convert("hf_perceiver", published(tmp_path / "from", FLOW, dtype), tmp_path / "to")
@@ -104,9 +113,11 @@ def test_npz_of_deepmind(tmp_path, monkeypatch):
     assert model.variant == "deepmind" and config.task.mean == (0.485, 0.456, 0.406)
     jax.tree.map(np.testing.assert_array_equal, variables, haiku.converted("imagenet_conv")[1])
 
-    (tmp_path / "language.npz").write_bytes(b"pickled")
-    with pytest.raises(UsageError, match=r"language.npz cannot be read as an npz of arrays: docs/weights.md"):
-        convert("deepmind_perceiver", tmp_path / "language.npz", tmp_path / "other")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for content in (b"pickled", b"", (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "language.npz").write_bytes(content)
+        with pytest.raises(UsageError, match=r"language.npz cannot be read as an npz of arrays: docs/weights.md"):
+            convert("deepmind_perceiver", tmp_path / "language.npz", tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -165,6 +176,7 @@ def writing(name, text):
         (FLOW, without("model.safetensors", "pytorch_model.bin"), "docs/weights.md says how .* pytorch_model.bin"),
         (FLOW, writing("model.safetensors", "<html>"), "model.safetensors is damaged .* download it again"),
         (FLOW, writing("config.json", "<html>"), "config.json is no JSON"),
+        (FLOW, writing("config.json", "[1]"), "config.json holds a list where an object is needed: download it again"),
         (SEQUENCE, lambda folder: None, "no config to evaluate a classifier of text"),
         (
             FOURIER,

@@ -149,11 +149,13 @@ def test_published_sizes(architecture):
 
 def test_overrides_reach_the_parts():
     config, state, _ = golden(FLOW)
-    overrides = dict(dtype="bfloat16", attention="chunked", encoder=dict(remat=True), decoder=dict(decode_chunk_size=7))
+    overrides = dict(
+        dtype="bfloat16", attention="chunked", encoder=dict(remat=False), decoder=dict(decode_chunk_size=7)
+    )
     model, _ = interop.from_torch("hf_perceiver", config, state, **overrides)
     assert model.encoder.dtype == model.decoder.dtype == model.input_preprocessor.dtype == "bfloat16"
     assert model.encoder.attention == model.decoder.attention == "chunked"
-    assert (model.encoder.remat, model.decoder.decode_chunk_size) == (True, 7)
+    assert (model.encoder.remat, model.decoder.decode_chunk_size) == (False, 7)
     assert (model.variant, model.encoder.variant, model.decoder.variant) == ("hf", "hf", "hf")
     with pytest.raises(UsageError, match="has no key 'varient'.*'variant'"):
         interop.from_torch("hf_perceiver", config, state, varient="deepmind")

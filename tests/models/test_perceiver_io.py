@@ -518,7 +518,7 @@ def test_initial_outputs_and_values():
     np.testing.assert_allclose(run(classifier, variables, PIXELS), wanted, atol=1e-5)
 
     for variant, std, most in (("deepmind", 0.8796 * 0.02, 0.04), ("hf", 0.02, 0.12)):
-        encoder = encoder_of(num_latents=100, latent_features=200, num_self_attends_per_block=0, variant=variant)
+        encoder = encoder_of(num_latents=100, latent_features=200, num_self_attends_per_block=1, variant=variant)
         latents = meta.unbox(jax.jit(encoder.init)(jax.random.key(0), ROWS))["params"]["latents"]
         np.testing.assert_allclose(latents.std(), std, rtol=0.02)
         assert 0.9 * std < jnp.abs(latents).max() <= most and (jnp.abs(latents).max() > 0.04) == (variant == "hf")
@@ -645,6 +645,8 @@ def test_nothing_is_sown_unasked():
             "v_features 8 of the self-attends must equal latent_features: set it",
         ),
         ("image", dict(encoder=dict(qk_features=8)), "v_features 8 of the self-attends must equal latent_features"),
+        ("image", dict(encoder=dict(num_blocks=0)), "num_blocks is 0: give 1 or more"),
+        ("image", dict(encoder=dict(num_self_attends_per_block=0)), "num_self_attends_per_block is 0: give 1 or more"),
         ("image", dict(encoder=dict(num_cross_heads=3)), "qk_features 17 is not divisible by num_heads 3"),
         ("image", dict(decoder=dict(decode_chunk_size=0)), "decode_chunk_size is 0"),
         ("image", dict(encoder=dict(variant="flax")), "variant 'flax' is none of deepmind, hf"),
@@ -660,6 +662,71 @@ def test_what_does_not_fit_is_named(example, changes, message):
     config, inputs = EXAMPLES[example]
     with pytest.raises(UsageError, match=message):
         jax.eval_shape(build(changed(config, **changes)).init, jax.random.key(0), inputs)
+
+
+@pytest.mark.parametrize(
+    ("example", "given", "message"),
+    [
+        ("image", dict(query_mask=jnp.ones((2, 9), bool)), r"query_mask has shape \(2, 9\) .* \(2, 1\) queries: give"),
+        ("clip", dict(query_mask=jnp.ones((2, 18), bool)), r"query_mask has shape \(2, 18\) .* \(2, 19\) queries"),
+        (
+            "flow",
+            dict(query_mask=jnp.ones((2, 12), bool), subsampled_points=jnp.arange(5)),
+            r"query_mask has shape \(2, 12\) .* \(2, 5\) queries",
+        ),
+        (
+            "text",
+            dict(input_mask=jnp.ones((2, 1), bool)),
+            r"input_mask has shape \(2, 1\) .* \(2, 7\) input rows: give",
+        ),
+        ("image", dict(pos=jnp.ones((2, 5, 2))), r"pos has shape \(2, 5, 2\) but there are \(2, 12\) input rows"),
+        ("clip", dict(pos=dict(picture=jnp.ones((2, 1, 2)))), r"pos has shape \(2, 1, 2\) .* \(2, 12\) input rows"),
+        ("clip", dict(pos=dict(image=jnp.ones((2, 12, 2)))), r"pos are for \['image'\]: give a dict for kind, picture"),
+        (
+            "clip",
+            dict(pos=jnp.ones((2, 12, 2))),
+            "pos must name their modalities: give a dict for kind, picture, sound",
+        ),
+        ("clip", dict(subsampled_points=jnp.arange(3)), "subsampled_points must name their modalities: give a dict"),
+        (
+            "flow",
+            dict(subsampled_points=dict(image=jnp.arange(3))),
+            r"subsampled_points have 0 axes: give flat indices",
+        ),
+        ("flow", dict(subsampled_points=jnp.array([[3]])), r"subsampled_points have 2 axes: .* \[n\] of \(4, 3\)"),
+        ("flow", dict(subsampled_points=jnp.array([3, 12])), r"from 3 to 12 but the grid \(4, 3\) has 12 .* 0 to 11"),
+        (
+            "clip",
+            dict(subsampled_points=dict(sound=np.array([-1, 2]))),
+            r"from -1 to 2 but the grid \(6,\) has 6 points: give indices from 0 to 5",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_the_inputs(example, given, message):
+    config, inputs = EXAMPLES[example]
+    with pytest.raises(UsageError, match=message):
+        run(config, variables_of(example), inputs, **given)
+
+
+def test_encode_checks_its_mask_too():
+    with pytest.raises(UsageError, match=r"input_mask has shape \(2, 1\) but there are \(2, 7\) input rows"):
+        run(TEXT, variables_of("text"), IDS, input_mask=jnp.ones((2, 1), bool), method="encode")
+
+
+@pytest.mark.parametrize("given", [dict(query_mask=jnp.ones((2, 1), bool)), dict(subsampled_points=jnp.array([0]))])
+def test_a_mean_of_latents_has_no_queries(given):
+    config = dict(name="perceiver", input_preprocessor=IMAGE["input_preprocessor"], encoder=ENCODER, num_classes=4)
+    variables = random_variables(build(config), PIXELS)
+    with pytest.raises(UsageError, match="a projection_decoder has no queries: leave out query_mask and"):
+        run(config, variables, PIXELS, **given)
+
+
+def test_memory_is_part_of_every_config():
+    remat = {name: config["encoder"]["remat"] for name, config in VARIANTS.items()}
+    assert [name for name, flag in remat.items() if flag] == ["optical_flow"]
+    chunks = {name: config["decoder"]["decode_chunk_size"] for name, config in VARIANTS.items() if "decoder" in config}
+    assert {name: size for name, size in chunks.items() if size} == {"multimodal": 16384}
+    assert set(VARIANTS) - set(chunks) == {"perceiver", "perceiver_single_cross_attend"}
 
 
 def test_names_of_modalities_are_checked():

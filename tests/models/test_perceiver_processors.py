@@ -165,8 +165,12 @@ def test_audio_is_cut_into_patches():
         (
             dict(prep_type="conv", spatial_downsample=8),
             (1, 8, 8, 3),
-            "spatial_downsample is 8: 'conv' needs a power of 4",
+            "spatial_downsample is 8: 'conv' needs 4 for one stage or another power of 4",
         ),
+        (dict(prep_type="conv"), (1, 8, 8, 3), "spatial_downsample is 1: 'conv' needs 4 for one stage"),
+        (dict(prep_type="conv", spatial_downsample=0), (1, 8, 8, 3), "spatial_downsample is 0 .*: give 1 or more"),
+        (dict(spatial_downsample=-1), (1, 8, 8, 3), "spatial_downsample is -1 .*: give 1 or more"),
+        (dict(temporal_downsample=0), (1, 2, 8, 8, 3), "temporal_downsample 0: give 1 or more"),
         (
             dict(prep_type="conv", temporal_downsample=2),
             (1, 2, 8, 8, 3),
@@ -205,7 +209,9 @@ def test_modalities_are_padded_and_joined_in_the_order_of_their_names():
     np.testing.assert_array_equal(out.rows[:, 5:, :2], INPUTS["sound"].reshape(2, 3, 2))
     np.testing.assert_array_equal(out.rows[1, 6, 2:], params["sound_padding"][0])
     for inputs in (INPUTS["sound"], {"sound": INPUTS["sound"]}, INPUTS | dict(touch=INPUTS["kind"])):
-        with pytest.raises(UsageError, match="inputs are for .*give a dict for kind, picture, sound"):
+        with pytest.raises(
+            UsageError, match="inputs (are for .*|must name their .*): give a dict for kind, picture, s"
+        ):
             build(BOTH).init(jax.random.key(0), inputs)
 
 
@@ -229,6 +235,9 @@ def test_masked_rows_are_tokens():
         prepare(masking, many, variables, train=True)
     with pytest.raises(UsageError, match=r"mask_probs are for \['kind'\]"):
         prepare(BOTH | dict(mask_probs=dict(kind=1.0)), INPUTS)
+    for prob in (-0.5, 1.5):
+        with pytest.raises(UsageError, match=f"mask_probs of kind is {prob}: give a probability from 0 to 1"):
+            prepare(masking | dict(mask_probs=probs | dict(kind=prob)), INPUTS, variables)
 
 
 # Postprocessors
@@ -270,8 +279,13 @@ def test_images_are_put_together_again():
 @pytest.mark.parametrize(
     ("rows", "options", "shape", "widths"),
     [
-        ((1, 3, 4, 5), dict(), (1, 12, 16, 2), dict(conv_0=(4, 4, 5, 4), conv_1=(4, 4, 4, 2))),
-        ((1, 2, 3, 4, 5), dict(), (1, 2, 12, 16, 2), dict(conv_0=(4, 4, 5, 4), conv_1=(4, 4, 4, 2))),
+        ((1, 3, 4, 5), dict(spatial_upsample=4), (1, 12, 16, 2), dict(conv_0=(4, 4, 5, 4), conv_1=(4, 4, 4, 2))),
+        (
+            (1, 2, 3, 4, 5),
+            dict(spatial_upsample=4),
+            (1, 2, 12, 16, 2),
+            dict(conv_0=(4, 4, 5, 4), conv_1=(4, 4, 4, 2)),
+        ),
         (
             (1, 2, 3, 4, 5),
             dict(temporal_upsample=2, spatial_upsample=4),
@@ -290,7 +304,7 @@ def test_transposed_convolutions_enlarge(rows, options, shape, widths):
     doubled = jax.tree.map(lambda leaf: leaf, variables)
     doubled["params"]["conv_1"] = jax.tree.map(lambda leaf: 2 * leaf, variables["params"]["conv_1"])
     np.testing.assert_allclose(prepare(config, x, doubled)[1], 2 * out, rtol=1e-4, atol=1e-5)
-    if len(rows) == 5 and not options:
+    if len(rows) == 5 and "temporal_upsample" not in options:
         np.testing.assert_allclose(prepare(config, x[:, :1], variables)[1], out[:, :1], atol=1e-5)
 
 
@@ -300,6 +314,15 @@ def test_transposed_convolutions_enlarge(rows, options, shape, widths):
         (dict(postproc_type="raft"), "postproc_type 'raft' is none of"),
         (dict(postproc_type="conv"), "'conv' needs the number of output channels: set features"),
         (dict(spatial_upsample=2), r"'pixels' cannot enlarge by \(1, 2\)"),
+        (
+            dict(postproc_type="conv", features=2, spatial_upsample=8),
+            "spatial_upsample is 8: 'conv' without time enlarges by 4",
+        ),
+        (dict(postproc_type="conv", features=2), "spatial_upsample is 1: 'conv' without time enlarges by 4"),
+        (
+            dict(postproc_type="conv", features=2, temporal_upsample=2, spatial_upsample=3),
+            r"'conv' cannot enlarge by \(2, 3\) in time and space: give powers of 2",
+        ),
     ],
 )
 def test_postprocessors_name_what_is_missing(options, message):

@@ -56,6 +56,12 @@ def close(a, b, rtol=1e-5, atol=1e-7):
             # 0.02 + 0.18 (1 + cos) / 2 over the 80 steps after the warm-up
             {0: 0.0, 5: 0.05, 20: 0.2, 40: 0.02 + 0.09 * (1 + np.cos(np.pi / 4)), 60: 0.11, 100: 0.02, 150: 0.02},
         ),
+        (dict(name="constant_cosine"), {0: 0.2, 50: 0.2, 75: 0.1, 100: 0.0, 150: 0.0}),
+        (
+            dict(name="constant_cosine", decay_start=0.2, warmup_steps=10, final_fraction=0.1),
+            # 0.02 + 0.18 (1 + cos) / 2 over the last 80 steps
+            {0: 0.0, 5: 0.1, 10: 0.2, 20: 0.2, 40: 0.02 + 0.09 * (1 + np.cos(np.pi / 4)), 60: 0.11, 100: 0.02},
+        ),
         (dict(name="linear"), {0: 0.2, 25: 0.15, 100: 0.0, 150: 0.0}),
         (dict(name="linear", warmup_steps=20, final_fraction=0.5), {0: 0.0, 10: 0.1, 20: 0.2, 60: 0.15, 100: 0.1}),
         (dict(name="step", every=30, factor=0.5), {0: 0.2, 29: 0.2, 30: 0.1, 59: 0.1, 60: 0.05, 100: 0.025}),
@@ -157,6 +163,19 @@ def test_decay_shrinks_kernels_and_embeddings_only(name):
         np.testing.assert_allclose(value, 0.95 * before[path], rtol=1e-6)
 
 
+def test_decay_of_weights_reaches_latents_and_positions():
+    """But no bias, and no scale of a norm: the released recipe of Perceiver IO."""
+    optimizer, _ = make_optimizer(config("adamw", weight_decay=0.5, decay="weights"), num_steps=1)
+    params = tree() | {"encoder": {"latents": jnp.ones((2, 3))}, "pos_embs": jnp.ones((4, 3))}
+    (after,) = run(optimizer, params, [jax.tree.map(jnp.zeros_like, params)])
+    before, after = flatten_dict(params, sep="/"), flatten_dict(after, sep="/")
+    for path in ("attention/query/bias", "norm/scale", "norm/bias"):
+        np.testing.assert_array_equal(after.pop(path), before[path])
+    assert set(after) == {"attention/query/kernel", "table/embedding", "encoder/latents", "pos_embs"}
+    for path, value in after.items():
+        np.testing.assert_allclose(value, 0.95 * before[path], rtol=1e-6)
+
+
 def test_decay_all_shrinks_everything():
     optimizer, _ = make_optimizer(config("adamw", weight_decay=0.5, decay="all"), num_steps=1)
     (after,) = run(optimizer, tree(), [jax.tree.map(jnp.zeros_like, tree())])
@@ -229,7 +248,7 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm, factor):
             "config.optimizer.schedule has no key 'evry': did you mean 'every'",
         ),
         (config(schedule=dict(name="cosine", num_steps=3)), "config.optimizer.schedule has no key 'num_steps'"),
-        (config("adamw", decay="kernel"), "config.optimizer.decay is 'kernel': choose 'all' or 'kernels'"),
+        (config("adamw", decay="kernel"), "config.optimizer.decay is 'kernel': choose 'all', 'weights', 'kernels'"),
     ],
 )
 def test_unknown_names_and_keys_are_one_sentence(options, sentence):

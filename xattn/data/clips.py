@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from xattn.config import UsageError
+from xattn.data.checks import check_image_size, check_root, check_split, subfolders
 from xattn.data.episodes import SPLITS
 from xattn.data.textures import Texture
 
@@ -39,7 +40,7 @@ class RenderedClips:
       num_examples: how many clips an epoch has.
 
     Raises:
-      UsageError: there is no such split, or a size is below 1.
+      UsageError: there is no such split, a size is below 1, or image_size is no pair.
     """
 
     name = "rendered_clips"
@@ -61,7 +62,8 @@ class RenderedClips:
         self.split = split
         self.num_classes = num_classes
         self.num_examples = num_examples
-        self._frames, self._image_size, self._audio_length = frames, image_size, audio_length
+        self._frames, self._audio_length = frames, audio_length
+        self._image_size = check_image_size(self.name, image_size)
 
     def example(self, index: int, seed: int | None) -> dict[str, np.ndarray]:
         """Clip number `index`; every clip is as good as another, so `seed` changes nothing."""
@@ -70,12 +72,12 @@ class RenderedClips:
         rng = np.random.default_rng([SPLITS.index(self.split), index])
         return {"video": self._video(label, rng), "audio": self._audio(label, rng), "label": np.array(label, np.int32)}
 
-    @staticmethod
+    @classmethod
     def shapes(
-        frames: int = 4, image_size: tuple[int, int] = (32, 32), audio_length: int = 512, **_: object
+        cls, frames: int = 4, image_size: tuple[int, int] = (32, 32), audio_length: int = 512, **_: object
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields of one example."""
-        return _clip_shapes(frames, *image_size, audio_length)
+        return _clip_shapes(frames, *check_image_size(cls.name, image_size), audio_length)
 
     def _video(self, label: int, rng: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
         height, width = self._image_size
@@ -142,14 +144,13 @@ class ClipFolders:
         sample_rate: int = 48000,
     ):
         _check(self.name, split, frames, audio_length)
-        if not str(root):
-            raise UsageError("the folder of the data set is not given: add --config.data.root=DIR.")
-        folder = Path(root) / split
+        root = check_root(root)
+        folder = root / split
         if not folder.is_dir():
             raise UsageError(f"There is no folder '{folder}': expected {folder}/<class>/<clip>/frame_*.jpg.")
-        train = Path(root) / "train"
-        self.class_names = _subfolders(train if train.is_dir() else folder)
-        if unknown := set(_subfolders(folder)) - set(self.class_names):
+        train = root / "train"
+        self.class_names = subfolders(train if train.is_dir() else folder)
+        if unknown := set(subfolders(folder)) - set(self.class_names):
             raise UsageError(
                 f"'{folder}' has {len(unknown)} classes that '{train}' doesn't have, such as '{min(unknown)}': "
                 "both need the same class folders."
@@ -158,7 +159,7 @@ class ClipFolders:
             (folder / name / clip, label)
             for label, name in enumerate(self.class_names)
             if (folder / name).is_dir()
-            for clip in _subfolders(folder / name)
+            for clip in subfolders(folder / name)
         ]
         if not found:
             raise UsageError(f"'{folder}' has no clips: expected {folder}/<class>/<clip>/frame_*.jpg.")
@@ -231,12 +232,13 @@ def _read_wav(path: Path, sample_rate: int) -> Float[np.ndarray, "S"]:
             f"'{path}' has {rate} samples a second of {8 * width} bits, but {sample_rate} of 16 bits are needed: "
             "convert it, or change config.data.sample_rate."
         )
+    if len(data) % (width * channels):
+        raise UsageError(f"'{path}' is cut off in the middle of a sample: make it again.")
     return np.frombuffer(data, "<i2").reshape(-1, channels).mean(1, dtype=np.float32) / 2**15
 
 
 def _check(name: str, split: str, frames: int, audio_length: int) -> None:
-    if split not in SPLITS:
-        raise UsageError(f"{name} has no split '{split}': choose one of {', '.join(SPLITS)}.")
+    check_split(name, split)
     if frames < 1 or audio_length < 1:
         raise UsageError(
             f"{name} needs frames and audio_length of at least 1, but got {frames} and {audio_length}: raise them."
@@ -249,7 +251,3 @@ def _clip_shapes(frames: int, height: int, width: int, audio_length: int) -> dic
         "audio": jax.ShapeDtypeStruct((audio_length, 1), np.float32),
         "label": jax.ShapeDtypeStruct((), np.int32),
     }
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from xattn.config import UsageError
-from xattn.data.episodes import SPLITS
+from xattn.data.checks import check_split
 from xattn.data.transforms import image_shapes
 
 _SIZE = 8
@@ -30,10 +30,10 @@ class Digits:
     """
 
     name = "digits"
+    class_names = tuple("0123456789")
 
     def __init__(self, split: str, permute_pixels: int | None = None):
-        if split not in SPLITS:
-            raise UsageError(f"Digits has no split '{split}': choose one of {', '.join(SPLITS)}.")
+        check_split(self.name, split)
         if permute_pixels is not None and permute_pixels < 0:
             raise UsageError(f"Digits needs a permute_pixels of at least 0, but got {permute_pixels}.")
         pixels, labels = _load()

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Num, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from xattn.config import UsageError
+from xattn.data.checks import check_image_size, check_root, check_split
 from xattn.data.planes import flow_shapes
 
 _MAGIC = b"PIEH"
@@ -103,7 +104,7 @@ class FlowFiles:
       image_size: H and W of the part, by default the whole frame.
 
     Raises:
-      UsageError: there are no pairs, or the part is larger than the frames.
+      UsageError: there are no pairs, image_size is no pair, or the part is larger than the frames.
     """
 
     name = "flow_files"
@@ -111,7 +112,7 @@ class FlowFiles:
     padding = 0  # how many pixels smaller a frame may be
 
     def __init__(self, split: str, pairs: Sequence[tuple[Path, Path, Path]], image_size: tuple[int, int] | None):
-        height, width = image_size or self.frame_size
+        height, width = self.frame_size if image_size is None else check_image_size(self.name, image_size)
         if height > self.frame_size[0] or width > self.frame_size[1]:
             raise UsageError(
                 f"{self.name} has frames of {self.frame_size[0]} x {self.frame_size[1]}, but parts of "
@@ -156,7 +157,7 @@ class FlowFiles:
     @classmethod
     def shapes(cls, image_size: tuple[int, int] | None = None, **_: object) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields of one example in training, told without opening the data."""
-        return flow_shapes(*(image_size or cls.frame_size))
+        return flow_shapes(*(cls.frame_size if image_size is None else check_image_size(cls.name, image_size)))
 
     def _framed(self, path: Path, frames: np.ndarray, flow: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
         """The fields, filled up below and on the right to the size that all frames get."""
@@ -187,10 +188,9 @@ class FlyingChairs(FlowFiles):
     frame_size = (384, 512)
 
     def __init__(self, split: str, root: str | os.PathLike = "", image_size: tuple[int, int] | None = None):
-        part = {"train": "1", "val": "2"}.get(split)
-        if part is None:
-            raise UsageError(f"{self.name} has no split '{split}': choose one of train, val.")
-        folder = _folder(root)
+        check_split(self.name, split, ("train", "val"))
+        part = {"train": "1", "val": "2"}[split]
+        folder = check_root(root)
         table = folder / "FlyingChairs_train_val.txt"
         parts = _read(table).decode().split()
         files = folder / "data" if (folder / "data").is_dir() else folder
@@ -215,9 +215,8 @@ class AutoFlow(FlowFiles):
     frame_size = (448, 576)
 
     def __init__(self, split: str, root: str | os.PathLike = "", image_size: tuple[int, int] | None = None):
-        if split not in ("train", "val"):
-            raise UsageError(f"{self.name} has no split '{split}': choose one of train, val.")
-        folder, pairs = _folder(root), []
+        check_split(self.name, split, ("train", "val"))
+        folder, pairs = check_root(root), []
         for flow in sorted(folder.rglob("*.flo")):
             if (zlib.crc32(flow.parent.name.encode()) % 100 == 0) == (split == "val"):
                 frames = sorted(flow.parent.glob("*.png"))
@@ -251,7 +250,7 @@ class Sintel(FlowFiles):
             raise UsageError(f"{self.name} has no split '{split}': choose test, which is all pairs of training/.")
         if render not in ("clean", "final"):
             raise UsageError(f"{self.name} has no render '{render}': choose one of clean, final.")
-        folder = _folder(root) / "training"
+        folder = check_root(root) / "training"
         pairs = []
         for flow in sorted((folder / "flow").glob("*/*.flo")):
             scene = folder / render / flow.parent.name
@@ -278,19 +277,11 @@ class Kitti(FlowFiles):
     def __init__(self, split: str, root: str | os.PathLike = "", image_size: tuple[int, int] | None = None):
         if split != "test":
             raise UsageError(f"{self.name} has no split '{split}': choose test, which is all pairs of training/.")
-        folder = _folder(root) / "training"
+        folder = check_root(root) / "training"
         flows = sorted((folder / "flow_occ").glob("*_10.png"))
         frames = folder / "image_2"
         pairs = [(frames / flow.name, frames / flow.name.replace("_10", "_11"), flow) for flow in flows]
         super().__init__(split, _some(pairs, folder / "flow_occ", split), image_size)
-
-
-def _folder(root: str | os.PathLike) -> Path:
-    if not str(root):
-        raise UsageError("the folder of the data set is not given: add --config.data.root=DIR.")
-    if not Path(root).is_dir():
-        raise UsageError(f"There is no folder '{root}': give the folder that holds the data set as root.")
-    return Path(root)
 
 
 def _some(pairs: list, folder: Path, split: str) -> list:

@@ -20,6 +20,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from xattn.config import UsageError
+from xattn.data.checks import check_root, check_split, subfolders
 from xattn.data.episodes import SPLITS
 from xattn.data.transforms import center_crop, image_shapes, random_resized_crop
 
@@ -46,13 +47,8 @@ class ClassFolders:
     groups = None
 
     def __init__(self, root: str | os.PathLike, split: str, image_size: int = 84, augment: bool = False):
-        given, root = root, Path(root)
-        if split not in SPLITS:
-            raise UsageError(f"ClassFolders has no split '{split}': choose one of {', '.join(SPLITS)}.")
-        if not str(given):
-            raise UsageError("the folder of the data set is not given: add --config.data.root=DIR.")
-        if not root.is_dir():
-            raise UsageError(f"There is no folder '{root}': give the folder that holds the data set as root.")
+        check_split(self.name, split)
+        root = check_root(root)
         names = _class_names(root, split)
         if not names:
             raise UsageError(
@@ -140,7 +136,7 @@ def _files(root: Path, split: str) -> dict[str, list[Path]]:
 def _class_folders(root: Path, split: str) -> list[Path]:
     for folder in (root / split, root / f"meta-{split}"):
         if folder.is_dir():
-            return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+            return [folder / name for name in subfolders(folder)]
     return []
 
 

@@ -16,9 +16,11 @@ Deviations: DeepMind's code scales without a low-pass filter and in float32, whe
 filters when it makes an image smaller and gives uint8. Its split VALID is the first 10,000 images of train.
 """
 
+import contextlib
 import io
 import os
 import struct
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from absl import logging
 from PIL import Image
 
 from xattn.config import UsageError, check_keys
+from xattn.data.checks import check_root, check_split, subfolders
 from xattn.data.episodes import SPLITS
 from xattn.data.randaugment import RandAugment
 from xattn.data.transforms import eval_crop, image_shapes, random_resized_crop
@@ -126,7 +129,8 @@ class Imagenet(_LabelledImages):
         randaugment: Mapping[str, Any] | None = None,
         skip_damaged: bool = False,
     ):
-        folder = _check_root(self.name, split, root)
+        check_split(self.name, split)
+        folder = check_root(root)
         self.class_names, self.files, self.labels = _class_folders(folder, split)
         super().__init__(split, image_size, randaugment, skip_damaged, len(self.files))
 
@@ -146,7 +150,7 @@ class ImagenetArrayRecord(_LabelledImages):
       class_names: in the order of their labels.
 
     Raises:
-      UsageError: the folder or its files are missing, or the package array_record is not installed.
+      UsageError: the folder or its files are missing or damaged, or the package array_record is not installed.
     """
 
     name = "imagenet_arrayrecord"
@@ -159,7 +163,8 @@ class ImagenetArrayRecord(_LabelledImages):
         randaugment: Mapping[str, Any] | None = None,
         skip_damaged: bool = False,
     ):
-        folder = _check_root(self.name, split, root)
+        check_split(self.name, split)
+        folder = check_root(root)
         found = [sorted(folder.glob(f"{name}-*-of-*.arrayrecord")) for name in _NAMES[split]]
         paths = next((files for files in found if files), [])
         if not paths:
@@ -170,13 +175,24 @@ class ImagenetArrayRecord(_LabelledImages):
         expected = int(paths[0].stem.rpartition("-")[2])
         if len(paths) != expected:
             raise UsageError(f"'{folder}' has {len(paths)} of the {expected} files {split}-*: copy the others too.")
+        if not (folder / "classes.txt").is_file():
+            raise UsageError(
+                f"'{folder}' has no classes.txt: copy it too, or write the files again with "
+                "xattn.data.imagenet.write_image_records."
+            )
         _array_record()
-        self._records: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-        self.class_names = (folder / "classes.txt").read_text().splitlines()
+        self._records = _open_records(paths)
+        self.class_names = (folder / "classes.txt").read_text("utf-8").splitlines()
         super().__init__(split, image_size, randaugment, skip_damaged, len(self._records))
 
     def _entry(self, index: int) -> tuple[Any, int, str]:
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            raise UsageError(
+                f"record {index} of {self.split} can't be read ({error}): copy the .arrayrecord files again, or write "
+                "them again with xattn.data.imagenet.write_image_records."
+            ) from error
         (label,) = struct.unpack("<i", record[:4])
         return io.BytesIO(record[4:]), label, f"record {index} of {self.split}"
 
@@ -184,33 +200,59 @@ class ImagenetArrayRecord(_LabelledImages):
 def write_image_records(root: str | os.PathLike, out: str | os.PathLike, num_shards: int = 16) -> None:
     """Packs class folders into ArrayRecord files, `num_shards` of them for each split, and classes.txt.
 
+    The files are written in a hidden folder in `out` and moved when all are complete, classes.txt last.
+
     Args:
       root: a folder in the layout that `Imagenet` reads, with train/.
       out: is created if it isn't there.
       num_shards: files of a split; image i goes to file i mod num_shards.
 
     Raises:
-      UsageError: see `Imagenet`; or the package array_record is not installed.
+      UsageError: see `Imagenet`; an image file can't be read; or the package array_record is not installed.
     """
     writer_class = _array_record().ArrayRecordWriter
-    root, out = _check_root(Imagenet.name, "train", root), Path(out)
+    root, out = check_root(root), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    folders = []
-    for split in SPLITS:
-        folder = _split_folder(root, split)
-        if folder in (None, *folders):  # there is none, or test is val
-            continue
-        folders.append(folder)
-        names, files, labels = _class_folders(root, split)
-        (out / "classes.txt").write_text("".join(f"{name}\n" for name in names))
-        writers = [
-            writer_class(str(out / f"{split}-{shard:05d}-of-{num_shards:05d}.arrayrecord"), "group_size:1")
-            for shard in range(num_shards)
-        ]
-        for number, (file, label) in enumerate(zip(files, labels, strict=True)):
-            writers[number % num_shards].write(struct.pack("<i", label) + file.read_bytes())
-        for writer in writers:
-            writer.close()
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
+        folders = []
+        for split in SPLITS:
+            folder = _split_folder(root, split)
+            if split != "train" and folder in (None, *folders):  # there is none, or test is val
+                continue
+            folders.append(folder)
+            names, files, labels = _class_folders(root, split)
+            Path(partial, "classes.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")
+            with contextlib.ExitStack() as opened:
+                writers = []
+                for shard in range(num_shards):
+                    path = Path(partial, f"{split}-{shard:05d}-of-{num_shards:05d}.arrayrecord")
+                    writers.append(writer_class(str(path), "group_size:1"))
+                    opened.callback(writers[-1].close)
+                for number, (file, label) in enumerate(zip(files, labels, strict=True)):
+                    writers[number % num_shards].write(struct.pack("<i", label) + _read(file))
+        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "classes.txt"):
+            path.replace(out / path.name)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"'{file}' can't be read ({error}): replace or remove it.") from error
+
+
+def _open_records(paths: list[Path]) -> Any:
+    try:
+        return grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    except RuntimeError as error:
+        if len(paths) == 1:
+            raise UsageError(
+                f"'{paths[0]}' is damaged or cut short ({error}): copy it again, or write it again with "
+                "xattn.data.imagenet.write_image_records."
+            ) from error
+        for path in paths:  # the error does not name the file
+            _open_records([path])
+        raise
 
 
 def _array_record() -> Any:
@@ -221,16 +263,6 @@ def _array_record() -> Any:
     return array_record_module
 
 
-def _check_root(name: str, split: str, root: str | os.PathLike) -> Path:
-    if split not in SPLITS:
-        raise UsageError(f"{name} has no split '{split}': choose one of {', '.join(SPLITS)}.")
-    if not str(root):
-        raise UsageError("the folder of the data set is not given: add --config.data.root=DIR.")
-    if not Path(root).is_dir():
-        raise UsageError(f"There is no folder '{root}': give the folder that holds the data set as root.")
-    return Path(root)
-
-
 def _class_folders(root: Path, split: str) -> tuple[list[str], list[Path], list[int]]:
     """Class names, and file and label of every image of a split."""
     folder = _split_folder(root, split)
@@ -238,8 +270,8 @@ def _class_folders(root: Path, split: str) -> tuple[list[str], list[Path], list[
         raise UsageError(
             f"'{root}' has no split '{split}': expected {root}/{_NAMES[split][0]}/<class>/*.JPEG (or .jpg, .png)."
         )
-    own = _subfolders(folder)
-    names = _subfolders(_split_folder(root, "train") or folder)
+    own = subfolders(folder)
+    names = subfolders(_split_folder(root, "train") or folder)
     if unknown := set(own) - set(names):
         raise UsageError(
             f"'{folder}' has {len(unknown)} classes that '{root / 'train'}' doesn't have, such as '{min(unknown)}': "
@@ -261,9 +293,4 @@ def _class_folders(root: Path, split: str) -> tuple[list[str], list[Path], list[
 def _split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split; None where there is none with classes in it."""
     folders = [root / name for name in _NAMES[split] if (root / name).is_dir()]
-    return next((folder for folder in folders if _subfolders(folder)), None)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    return next((folder for folder in folders if subfolders(folder)), None)

@@ -5,8 +5,8 @@ words. Of the n words of a row, floor(rate n + 1/2) and at least one are drawn w
 byte of a drawn word becomes MASK. Words differ in length, so the fraction of masked bytes is only near the
 rate. A window that begins or ends inside a word has a part of that word as a word.
 
-Source: the training of the language model of Perceiver IO (arXiv 2107.14795) masks 15% of the words and replaces
-their bytes by MASK; the released code does not contain it.
+Source: the training of the language model of Perceiver IO (arXiv 2107.14795). The released code does not contain it:
+masking whole words, 15% of them, is written from memory of the paper, and the details above are this module's own.
 """
 
 import numpy as np

@@ -171,14 +171,15 @@ def eval_batches(
     num_examples: int | None = None,
     num_threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Iterates once over the first examples of a source, in order and with the evaluation transform.
+    """Iterates once over examples of a source, in order and with the evaluation transform.
 
     Args:
       source: the data set.
       batch_size: B; the last batch is filled up with its last example, so that all have one shape.
       transforms: name in `TRANSFORMS` -> its keywords.
       seed: of the transforms; what happens to an example depends on (seed, index), not on the batch size.
-      num_examples: how many; all by default.
+      num_examples: k, how many; all n by default. Fewer are spread evenly over the source, which may list its
+        classes one after the other: they are the examples floor(i n / k) for i = 0 .. k - 1.
       num_threads: threads that read batches ahead.
 
     Yields:
@@ -197,7 +198,7 @@ def eval_batches(
 
     def load(batch: int) -> dict[str, np.ndarray]:
         rows = np.arange(batch * batch_size, (batch + 1) * batch_size)
-        indices = np.minimum(rows, total - 1)
+        indices = np.minimum(rows, total - 1) * source.num_examples // total
         seeds = np.stack([_seeds(seed, int(index))[1] for index in indices])
         examples = {index: source.example(int(index), None) for index in np.unique(indices)}
         return transform(_stack([examples[index] for index in indices]), seeds) | {"present": rows < total}

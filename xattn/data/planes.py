@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from xattn.config import UsageError
+from xattn.data.checks import check_image_size, check_split
 from xattn.data.episodes import SPLITS
 from xattn.data.textures import Texture
 
@@ -31,7 +32,7 @@ class MovingPlanes:
       num_examples: how many examples an epoch has.
 
     Raises:
-      UsageError: there is no such split, or the movement is too large for the image.
+      UsageError: there is no such split, a size is not what it should be, or the movement is too large for the image.
     """
 
     name = "moving_planes"
@@ -39,9 +40,8 @@ class MovingPlanes:
     def __init__(
         self, split: str, image_size: tuple[int, int] = (64, 96), max_shift: float = 8.0, num_examples: int = 10_000
     ):
-        height, width = image_size
-        if split not in SPLITS:
-            raise UsageError(f"{self.name} has no split '{split}': choose one of {', '.join(SPLITS)}.")
+        check_split(self.name, split)
+        height, width = check_image_size(self.name, image_size)
         if num_examples < 1:
             raise UsageError(f"{self.name} needs num_examples of at least 1, but got {num_examples}.")
         # Up to a quarter, I + M has a determinant of at least 1/2.
@@ -78,10 +78,10 @@ class MovingPlanes:
             "valid": np.all((there >= 0) & (there <= [width - 1, height - 1]), axis=-1),
         }
 
-    @staticmethod
-    def shapes(image_size: tuple[int, int] = (64, 96), **_: object) -> dict[str, jax.ShapeDtypeStruct]:
+    @classmethod
+    def shapes(cls, image_size: tuple[int, int] = (64, 96), **_: object) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields of one example."""
-        return flow_shapes(*image_size)
+        return flow_shapes(*check_image_size(cls.name, image_size))
 
 
 def flow_shapes(height: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,6 +3,8 @@
 Every document is cut into windows of `length` bytes. No window holds parts of two documents, and the last window of
 a document is filled up with PAD. In training a window begins at a random place up to `length - 1` bytes later than
 in evaluation (but so that it ends before its document does), so an epoch shows each document with other borders.
+
+The text of a split must fit into memory, where it is held once.
 """
 
 import json
@@ -17,6 +19,7 @@ import numpy as np
 
 from xattn.config import UsageError
 from xattn.data.byte_tokenizer import encode
+from xattn.data.checks import check_root, check_split
 from xattn.data.episodes import SPLITS
 
 _NO_SOURCES = ("site-packages", "test", "tests", "idle_test")
@@ -27,7 +30,7 @@ class ByteWindows:
 
     Args:
       split: "train", "val" or "test".
-      documents: bytes of each; empty ones are left out.
+      documents: bytes of each, kept as they are; empty ones have no windows.
       length: M, bytes of a window.
 
     Raises:
@@ -41,24 +44,21 @@ class ByteWindows:
             raise UsageError(f"{self.name} needs a length of at least 1, but got {length}.")
         self.split = split
         self.length = length
-        self._data = b"".join(documents)
-        ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
-        starts = np.concatenate([[0], ends])[:-1]
-        windows = -(-(ends - starts) // length)
-        self._document_starts, self._document_ends = np.repeat(starts, windows), np.repeat(ends, windows)
-        first = np.repeat(np.concatenate([[0], np.cumsum(windows)])[:-1], windows)
-        self._starts = self._document_starts + (np.arange(windows.sum()) - first) * length
-        self.num_examples = len(self._starts)
+        self._documents = documents
+        windows = -(-np.array([len(document) for document in documents], np.int64) // length)
+        self._first = np.cumsum(windows) - windows  # number of each document's first window
+        self.num_examples = int(windows.sum())
         if not self.num_examples:
             raise UsageError(f"{self.name} has no text in the split '{split}': all of its documents are empty.")
 
     def example(self, index: int, seed: int | None) -> dict[str, np.ndarray]:
         """Window number `index`, moved by up to `length - 1` bytes if there is a seed."""
-        start, end = self._starts[index], self._document_ends[index]
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        document, start = self._documents[number], (index - int(self._first[number])) * self.length
         if seed is not None:
-            start += np.random.default_rng(seed).integers(self.length)
-            start = max(min(start, end - self.length), self._document_starts[index])
-        return {"tokens": encode(self._data[start : min(start + self.length, end)], self.length)}
+            start += int(np.random.default_rng(seed).integers(self.length))
+            start = max(min(start, len(document) - self.length), 0)
+        return {"tokens": encode(document[start : start + self.length], self.length)}
 
     @staticmethod
     def shapes(length: int = 2048, **_: object) -> dict[str, jax.ShapeDtypeStruct]:
@@ -84,7 +84,7 @@ class PythonSources(ByteWindows):
     name = "python_sources"
 
     def __init__(self, split: str, length: int = 2048):
-        _check_split(self.name, split)
+        check_split(self.name, split)
         files = {name: path for name, path in _library() if _part_of(name.partition(".")[0].encode()) == split}
         self.modules = list(files)
         super().__init__(split, [path.read_bytes() for path in files.values()], length)
@@ -94,8 +94,8 @@ class TextFiles(ByteWindows):
     """Text from a folder: .txt files, each a document, and .jsonl files, each line a document in its field `text`.
 
     With folders `root/train`, `root/val` and `root/test` these are the splits. Otherwise all documents below `root`
-    are divided: `crc32(document) mod 20` is 1 for val, 3 for test, and anything else for train. The text of a split is
-    held in memory.
+    are divided: `crc32(document) mod 20` is 1 for val, 3 for test, and anything else for train. Text is UTF-8, and that
+    of a split must fit into memory. Lines end at the newline character alone; blank ones are skipped.
 
     Args:
       split: "train", "val" or "test".
@@ -103,27 +103,23 @@ class TextFiles(ByteWindows):
       length: M, bytes of a window.
 
     Raises:
-      UsageError: the folder is missing, the split has no text, or a line is not JSON with a field `text`.
+      UsageError: the folder is missing, the split has no text, a file is not UTF-8, or a line is not JSON with a field
+        `text`.
     """
 
     name = "text_files"
 
     def __init__(self, split: str, root: str | os.PathLike = "", length: int = 2048):
-        _check_split(self.name, split)
-        if not str(root):
-            raise UsageError("the folder of the text is not given: add --config.data.root=DIR.")
-        if not Path(root).is_dir():
-            raise UsageError(f"There is no folder '{root}': give the folder that holds the text as root.")
-        divided = any((Path(root) / name).is_dir() for name in SPLITS)
-        folder = Path(root) / split if divided else Path(root)
+        check_split(self.name, split)
+        root = check_root(root)
+        divided = any((root / name).is_dir() for name in SPLITS)
+        folder = root / split if divided else root
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
-        documents = [document for path in files for document in _documents(path)]
-        if not divided:
-            documents = [document for document in documents if _part_of(document) == split]
+        documents = [text for path in files for text in _documents(path) if divided or _part_of(text) == split]
         if not any(documents):
             raise UsageError(
                 f"'{folder}' has no text for the split '{split}' in {len(files)} .txt and .jsonl files: "
-                f"put some into {Path(root) / split}."
+                f"put some into {root / split}."
             )
         super().__init__(split, documents, length)
 
@@ -140,25 +136,29 @@ def _library() -> Iterator[tuple[str, Path]]:
                 yield ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"), path
 
 
-def _documents(path: Path) -> list[bytes]:
+def _documents(path: Path) -> Iterator[bytes]:
     if path.suffix == ".txt":
-        return [path.read_bytes()]
-    documents = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        document = path.read_bytes()
         try:
-            documents.append(json.loads(line)["text"].encode())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"line {number} of '{path}' is not a JSON object with a string 'text': correct or remove it."
-            ) from error
-    return documents
+            document.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"'{path}' is not text in UTF-8 ({error}): convert or remove it.") from error
+        yield document
+        return
+    with path.open("rb") as lines:  # lines of bytes end at b"\n" alone, those of str at U+2028 and others too
+        for number, line in enumerate(lines, start=1):
+            if line.isspace():
+                continue
+            try:
+                document = json.loads(line)["text"].encode()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(
+                    f"line {number} of '{path}' is not a JSON object in UTF-8 with a string 'text': "
+                    "correct or remove it."
+                ) from error
+            yield document
 
 
 def _part_of(data: bytes) -> str:
     part = zlib.crc32(data) % 20
     return {1: "val", 3: "test"}.get(part, "train")
-
-
-def _check_split(name: str, split: str) -> None:
-    if split not in SPLITS:
-        raise UsageError(f"{name} has no split '{split}': choose one of {', '.join(SPLITS)}.")

@@ -1,11 +1,13 @@
 """Runs the evaluations of a workdir's config, keeps their results, compares two runs pair by pair."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +15,13 @@ from rich.table import Table
 from xattn.checkpoints import read_config
 from xattn.checkpoints.workdir import load_variables, write_atomically
 from xattn.config import Config, UsageError, check_keys, lookup
+from xattn.evals.autoencoding import autoencoding, check_autoencoding, describe_autoencoding, draw_clip
+from xattn.evals.classification import check_classification, classification, describe_classification
 from xattn.evals.episode_picture import draw_episode
 from xattn.evals.fewshot import check_fewshot, describe_fewshot, fewshot, half_width
+from xattn.evals.flow_picture import draw_flow
+from xattn.evals.masked_language import check_masked_language, describe_masked_language, masked_language
+from xattn.evals.optical_flow import check_optical_flow, describe_optical_flow, optical_flow
 from xattn.models import build
 
 
@@ -38,7 +45,11 @@ class Protocol(NamedTuple):
 
 
 EVALS = {
+    "autoencoding": Protocol(autoencoding, check_autoencoding, describe_autoencoding, draw_clip, scale=1.0),
+    "classification": Protocol(classification, check_classification, describe_classification),
     "fewshot": Protocol(fewshot, check_fewshot, describe_fewshot, draw_episode),
+    "masked_language": Protocol(masked_language, check_masked_language, describe_masked_language),
+    "optical_flow": Protocol(optical_flow, check_optical_flow, describe_optical_flow, draw_flow, scale=1.0),
 }
 
 
@@ -47,7 +58,12 @@ def run(spec: Mapping[str, Any], model: nn.Module, variables: Mapping[str, Any],
     options = dict(spec)
     protocol = lookup(EVALS, options.pop("name"), "evaluation").run
     check_keys(options, protocol, "config.evals")
-    return protocol(model, variables, config, **options)
+    result = protocol(model, variables, config, **options)
+    if not math.isfinite(result[result["metric"]]):
+        logging.warning(
+            "the %s of an evaluation is %s: is the model broken?", result["metric"], result[result["metric"]]
+        )
+    return result
 
 
 def check(spec: Mapping[str, Any], model: nn.Module, config: Config, where: str) -> None:
@@ -79,11 +95,12 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
         return {}
     found, variables = load_variables(workdir, step)
     model = build(config.model.to_dict(), dtype=config.dtype)
-    results = {}
+    results, kept = {}, []
     for name, spec in specs.items():
         path = workdir / "evals" / str(found) / f"{name}.json"
-        if path.is_file() and (kept := json.loads(path.read_text()))["spec"] == json.loads(json.dumps(spec)):
-            results[name] = kept
+        if path.is_file() and (old := json.loads(path.read_text()))["spec"] == json.loads(json.dumps(spec)):
+            results[name] = old
+            kept.append(spec)
             continue
         text = json.dumps({"spec": spec, "step": found, **run(spec, model, variables, config)})
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +109,8 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
     _print_results(f"{workdir}, step {found}", results)
     for name, protocol in EVALS.items():
         spec = next((spec for spec in specs.values() if spec["name"] == name), None)
-        if protocol.draw and spec:
-            path = workdir / "plots" / f"{name}_{found}.png"
+        path = workdir / "plots" / f"{name}_{found}.png"
+        if protocol.draw and spec and not (spec in kept and path.is_file()):
             print(f"an example of {name}: {protocol.draw(model, variables, config, path, spec)}")
     return results
 

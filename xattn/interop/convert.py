@@ -118,7 +118,9 @@ def _image_processing(processor: Mapping[str, Any]) -> dict[str, Any]:
             f"preprocessor_config.json crops {size}/{crop} of the image with resample {resample}: "
             f"only {size}/{size + 32} and 3 (bicubic) are supported."
         )
-    task = dict(mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
+    # transformers' default for what is left out is ImageNet's, which our config has.
+    names = dict(mean="image_mean", std="image_std")
+    task = {ours: tuple(processor[theirs]) for ours, theirs in names.items() if theirs in processor}
     return dict(data=dict(image_size=size), task=task)
 
 
@@ -126,9 +128,12 @@ def _deepmind_perceiver(path: Path) -> Source:
     name = path.stem
     model = deepmind_perceiver.model_config(name)
     try:
-        with np.load(path) as file:
+        loaded = np.load(path)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("one array")
+        with loaded as file:
             arrays = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} cannot be read as an npz of arrays: docs/weights.md says how to make one.") from error
     _, variables = deepmind_perceiver.from_haiku(name, arrays)
     return Source(f"perceiver_io/{name}", model, variables, {})
@@ -145,11 +150,14 @@ READERS = {"deepmind_perceiver": _deepmind_perceiver, "hf_perceiver": _hf_percei
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        loaded = json.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"{path} cannot be read: give the folder of config.json and model.safetensors.") from error
     except ValueError as error:
         raise UsageError(f"{path} is no JSON ({error}): download it again.") from error
+    if not isinstance(loaded, Mapping):
+        raise UsageError(f"{path} holds a {type(loaded).__name__} where an object is needed: download it again.")
+    return dict(loaded)
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:

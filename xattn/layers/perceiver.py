@@ -3,7 +3,7 @@
     self-attend:   n = LN(x);  x = x + drop(A(n, n));               x = x + drop(W2 gelu(W1 LN(x) + b1) + b2)
     cross-attend:  x = q + drop(A(LN_q(q), LN_kv(kv)));             x = x + drop(W2 gelu(W1 LN(x) + b1) + b2)
 
-A is multi-head attention with biases; q is left out of the second sum's first line without `use_query_residual`.
+A is multi-head attention with biases. Without `use_query_residual`, a cross-attend has x = drop(A(...)) first.
 LayerNorm has epsilon 1e-5. What is added to x is computed in `dtype`; x itself keeps the dtype in which it comes.
 
 Two published programs run the same weights differently. `variant` tells which one a layer equals:
@@ -32,9 +32,10 @@ from xattn.layers.transformer import layer_norm
 
 
 def fan_in_normal(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Initialiser N(0, 1 / fan_in) cut at two standard deviations and not rescaled: standard deviation 0.88 / sqrt.
+    """Initialiser N(0, 1 / fan_in) cut at two standard deviations and not rescaled.
 
-    All axes but the last count as inputs. Haiku's default for Linear and convolutions.
+    Its standard deviation is 0.88 / sqrt(fan_in). All axes but the last count as inputs. Haiku's default for Linear and
+    convolutions.
     """
     return nn.initializers.truncated_normal(math.prod(shape[:-1]) ** -0.5)(key, shape, dtype)
 

@@ -23,7 +23,8 @@ The decoders of the released code are one here: `Queries` says what is asked for
 
 Deviations: of the released image classifiers, the one with trained positions has no query residual and the others have
 one; the port gives it to all. `use_query_residual` says it for each. Several modalities are decoded one by one, which
-changes no number.
+changes no number. Trained positions are not interpolated to another grid, as the port can do: an input of another size
+is an error.
 """
 
 import dataclasses
@@ -33,19 +34,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from xattn.config import UsageError
 from xattn.layers.cross_attention import Projection
 from xattn.layers.perceiver import CrossAttend, SelfAttend, dense, fan_in_normal, initialiser
 from xattn.layers.positions import PositionEncoding, bind, coordinates
-from xattn.models.perceiver_processors import Prepared, append, check_names, paddings
-
-FLOW_SCALE = 20
-"""Pixels of a unit of the optical-flow model's output."""
+from xattn.models.perceiver_processors import Prepared, append, check_names, check_rows, paddings
 
 OBSERVED = {"intermediates": 0, "perturbations": 0}
 
@@ -191,6 +191,9 @@ class PerceiverEncoder(nn.Module):
         )
 
     def _check(self) -> None:
+        for name in ("num_blocks", "num_self_attends_per_block"):
+            if (count := getattr(self, name)) < 1:
+                raise UsageError(f"{name} is {count}: give 1 or more.")
         width = self.latent_features
         if width % self.num_self_heads:
             raise UsageError(
@@ -208,7 +211,8 @@ class Queries:
     """What a decoder asks for: one query for each point of an output grid.
 
     Attributes:
-      index_dims: the grid; () for one output such as the logits of a class. With the inputs as queries it is theirs.
+      index_dims: the grid's dims; () for one query and an output without grid axes, such as the logits of a class.
+        Ignored without `positions`: the grid is then the input's.
       positions: encoding of the grid; None takes the preprocessed input rows for queries.
       concat_preprocessed_input: whether the input's features (one row for each point) come before the positions.
       subsampled_grid: coordinates of chosen points: "exclusive" of +1 as in the released code, so that they differ from
@@ -296,20 +300,28 @@ class PerceiverDecoder(nn.Module):
         Returns:
           [B, *index_dims, output_features], or [B, n, output_features] of the points asked for; a dict of them for
           several modalities.
+
+        Raises:
+          UsageError: sizes or names that do not fit, or points (unless they are traced) that are not in the grid.
         """
         if self.needs_inputs and prepared is None:
             raise UsageError("the decoder's queries are made from the inputs: pass inputs to decode too.")
         several = isinstance(self.queries, Mapping)
         queries: Any = self.queries if several else {"": self.queries}
-        points = subsampled_points if several else {"": subsampled_points}
-        check_names("subsampled_points", points or {}, queries)
+        points: Any = subsampled_points if several else {"": subsampled_points}
+        points = {} if points is None else points
+        check_names("subsampled_points", points, queries)
         parts = prepared.parts if several and prepared is not None else {"": prepared}
 
         makers, shapes = {}, {}
         for name in sorted(queries):
-            chosen = (points or {}).get(name)
+            chosen = points.get(name)
             makers[name], index_dims = self._maker(name, queries[name], parts.get(name), chosen)
+            if chosen is not None:
+                _check_points(chosen, index_dims)
             shapes[name] = index_dims if chosen is None else (len(chosen),)
+        counts = {name: math.prod(shape) for name, shape in shapes.items()}
+        check_rows("query_mask", query_mask, (latents.shape[0], sum(counts.values())), "queries")
         if several:
             widths = {name: jax.eval_shape(maker, None).shape[-1] for name, maker in makers.items()}
             padding = paddings(self, widths, self.min_padding_size)
@@ -333,11 +345,10 @@ class PerceiverDecoder(nn.Module):
         kv = attend.project_kv(latents)
         outputs, start = {}, 0
         for name, maker in makers.items():
-            count = math.prod(shapes[name])
-            mask = None if query_mask is None else query_mask[:, start : start + count]
-            y = self._decode(dict(queries=maker, cross_attend=attend, output=output), count, mask, kv)
+            mask = None if query_mask is None else query_mask[:, start : start + counts[name]]
+            y = self._decode(dict(queries=maker, cross_attend=attend, output=output), counts[name], mask, kv)
             outputs[name] = y.reshape(y.shape[0], *shapes[name], y.shape[-1]) / self.rescale_factor
-            start += count
+            start += counts[name]
         return outputs if several else outputs[""]
 
     def _maker(self, name: str, queries: Queries, part: Any, points: Any) -> tuple[Callable, tuple[int, ...]]:
@@ -399,8 +410,25 @@ class PerceiverDecoder(nn.Module):
         return dense(self.output_features, variant=self.variant, init=init, name="output", dtype=self.dtype)
 
 
+def _check_points(points: Any, index_dims: tuple[int, ...]) -> None:
+    """Raises `UsageError` unless points are [n]; values are checked where they are known before the program runs."""
+    if np.ndim(points) != 1:
+        raise UsageError(f"subsampled_points have {np.ndim(points)} axes: give flat indices [n] of {index_dims}.")
+    if isinstance(points, Tracer) or len(points) == 0:
+        return
+    known, size = np.asarray(points), math.prod(index_dims)
+    if known.min() < 0 or known.max() >= size:
+        raise UsageError(
+            f"subsampled_points are from {known.min()} to {known.max()} but the grid {index_dims} has {size} points: "
+            f"give indices from 0 to {size - 1}."
+        )
+
+
 class ProjectionDecoder(nn.Module):
-    """The mean of the latents and a linear layer whose kernel starts at zero: `output_features` logits."""
+    """The mean of the latents and a linear layer whose kernel starts at zero: `output_features` logits.
+
+    It has no queries, so that a mask of them or chosen points are refused.
+    """
 
     output_features: int
     variant: str = "deepmind"
@@ -416,7 +444,9 @@ class ProjectionDecoder(nn.Module):
         query_mask: Any = None,
         subsampled_points: Any = None,
     ) -> Float[Array, "B K"]:
-        del prepared, query_mask, subsampled_points
+        del prepared
+        if query_mask is not None or subsampled_points is not None:
+            raise UsageError("a projection_decoder has no queries: leave out query_mask and subsampled_points.")
         output = dense(
             self.output_features, variant=self.variant, init=nn.initializers.zeros, name="output", dtype=self.dtype
         )
@@ -487,14 +517,14 @@ class PerceiverIO(nn.Module):
           UsageError: sizes, names or options that do not fit.
         """
         prepared = self.input_preprocessor(inputs, pos=pos, train=train)
-        latents = self.encoder(prepared.rows, input_mask, train=train)
+        latents = self._latents(prepared, input_mask, train)
         return self._finish(self.decoder(latents, prepared, query_mask, subsampled_points))
 
     def encode(
         self, inputs: Any, input_mask: Bool[Array, "B M"] | None = None, *, pos: Any = None, train: bool = False
     ) -> Float[Array, "B L D"]:
         """The latents, from which `decode` can be called many times."""
-        return self.encoder(self.input_preprocessor(inputs, pos=pos, train=train).rows, input_mask, train=train)
+        return self._latents(self.input_preprocessor(inputs, pos=pos, train=train), input_mask, train)
 
     def decode(
         self,
@@ -511,6 +541,10 @@ class PerceiverIO(nn.Module):
         if self.decoder.needs_inputs and inputs is not None:
             prepared = self.input_preprocessor(inputs, pos=pos, train=train)
         return self._finish(self.decoder(latents, prepared, query_mask, subsampled_points))
+
+    def _latents(self, prepared: Prepared, input_mask: Any, train: bool) -> jax.Array:
+        check_rows("input_mask", input_mask, prepared.rows.shape[:2], "input rows")
+        return self.encoder(prepared.rows, input_mask, train=train)
 
     def _finish(self, outputs: Any) -> Any:
         if self.output_postprocessor is not None:
@@ -545,12 +579,12 @@ def _trainable(features: int, **options: Any) -> dict[str, Any]:
     return dict(name="trainable_positions", features=features, **options)
 
 
-def _queries(*index_dims: int, positions: dict[str, Any] | None = None) -> dict[str, Any]:
+def _queries(*index_dims: int, positions: dict[str, Any]) -> dict[str, Any]:
     return dict(name="queries", index_dims=index_dims, positions=positions)
 
 
 def _encoder(
-    latents: tuple[int, int], blocks: tuple[int, int], heads: tuple[int, int], **options: Any
+    latents: tuple[int, int], blocks: tuple[int, int], heads: tuple[int, int], remat: bool = False, **options: Any
 ) -> dict[str, Any]:
     return dict(
         name="perceiver_encoder",
@@ -560,6 +594,7 @@ def _encoder(
         num_self_attends_per_block=blocks[1],
         num_cross_heads=heads[0],
         num_self_heads=heads[1],
+        remat=remat,
         **options,
     )
 
@@ -578,6 +613,7 @@ def _language(width: int, num_layers: int, vocab_size: int = 262, length: int = 
             qk_features=256,
             v_features=768,
             use_query_residual=False,
+            decode_chunk_size=None,
         ),
         embedding_decoder=dict(name="embedding_decoder"),
     )
@@ -598,6 +634,7 @@ def _imagenet(input_preprocessor: dict[str, Any], use_query_residual: bool) -> d
             queries=_queries(positions=_trainable(1024)),
             output_features=1000,
             use_query_residual=use_query_residual,
+            decode_chunk_size=None,
         ),
     )
 
@@ -667,16 +704,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
             num_channels=64,
             positions=_fourier(64, 368, 496),
         ),
-        encoder=_encoder((2048, 512), (1, 24), (1, 16)),
+        encoder=_encoder((2048, 512), (1, 24), (1, 16), remat=True),
         decoder=dict(
             name="perceiver_decoder",
-            queries=_queries(),
+            queries=dict(name="queries"),
             output_features=2,
             qk_features=512,
             v_features=512,
             use_query_residual=False,
             zero_output=True,
             rescale_factor=100.0,
+            decode_chunk_size=None,
         ),
     ),
     "multimodal": _multimodal(),

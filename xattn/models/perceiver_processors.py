@@ -97,8 +97,8 @@ class ImagePreprocessor(nn.Module):
     Attributes:
       positions: of the grid that is left after downsampling.
       prep_type: "pixels" takes every s-th pixel; "patches" moves blocks into channels; "conv" is log4(s) times
-        [7x7 convolution of stride 2, BatchNorm, relu, 3x3 max-pool of stride 2]; "conv1x1" is a 1x1 convolution of
-        stride s. Videos of one frame are taken for images after "patches".
+        [7x7 convolution of stride 2, BatchNorm, relu, 3x3 max-pool of stride 2], at least once; "conv1x1" is a 1x1
+        convolution of stride s. Videos of one frame are taken for images after "patches".
       spatial_downsample: s.
       temporal_downsample: the same for frames, with "pixels" and "patches".
       num_channels: of the convolutions.
@@ -128,8 +128,16 @@ class ImagePreprocessor(nn.Module):
     def __call__(
         self, inputs: Float[Array, "..."], *, pos: Float[Array, "B M d"] | None = None, train: bool = False
     ) -> Prepared:
-        """Rows of `inputs`; `pos` are coordinates to be used instead of the grid's; `train` is for BatchNorm."""
+        """Rows of `inputs`; `pos` are coordinates to be used instead of the grid's; `train` is for BatchNorm.
+
+        Raises:
+          UsageError: an option or size that does not fit, or `pos` for another number of rows.
+        """
         stride, frames = self.spatial_downsample, self.temporal_downsample
+        if min(stride, frames) < 1:
+            raise UsageError(
+                f"spatial_downsample is {stride} and temporal_downsample {frames}: give 1 or more, 1 keeps everything."
+            )
         if self.prep_type in ("conv", "conv1x1") and frames != 1:
             raise UsageError(f"temporal_downsample is {frames} but '{self.prep_type}' keeps every frame: use 1.")
         if self.prep_type == "pixels":
@@ -153,8 +161,10 @@ class ImagePreprocessor(nn.Module):
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:
         hf = self.variant == "hf"
         stages = 1 if hf else round(math.log(self.spatial_downsample, 4))
-        if not hf and 4**stages != self.spatial_downsample:
-            raise UsageError(f"spatial_downsample is {self.spatial_downsample}: 'conv' needs a power of 4.")
+        if not hf and (stages < 1 or 4**stages != self.spatial_downsample):
+            raise UsageError(
+                f"spatial_downsample is {self.spatial_downsample}: 'conv' needs 4 for one stage or another power of 4."
+            )
         for i in range(stages):
             suffix = f"_{i}" if i else ""
             padding = ((3, 3), (3, 3)) if hf else "SAME"
@@ -232,11 +242,17 @@ class MultimodalPreprocessor(nn.Module):
     variant: str = "deepmind"
 
     @nn.compact
-    def __call__(self, inputs: Any, *, pos: Mapping[str, Any] | None = None, train: bool = False) -> Prepared:
-        """Rows of a dict of inputs; `pos` are coordinates for those that it names."""
+    def __call__(self, inputs: Any, *, pos: Any = None, train: bool = False) -> Prepared:
+        """Rows of a dict of inputs; `pos` is a dict of coordinates for those that it names.
+
+        Raises:
+          UsageError: names that are not those of `modalities`, or a probability that is none.
+        """
+        pos = {} if pos is None else pos
         check_names("inputs", inputs, self.modalities, exact=True)
+        check_names("pos", pos, self.modalities)
         parts = {
-            name: self.modalities[name].copy(name=name)(inputs[name], pos=(pos or {}).get(name), train=train)
+            name: self.modalities[name].copy(name=name)(inputs[name], pos=pos.get(name), train=train)
             for name in sorted(self.modalities)
         }
         probs = self.train_mask_probs if train and self.train_mask_probs is not None else self.mask_probs
@@ -251,6 +267,8 @@ class MultimodalPreprocessor(nn.Module):
         return Prepared(rows, rows, (rows.shape[1],), parts)
 
     def _mask(self, name: str, rows: jax.Array, prob: float) -> jax.Array:
+        if not 0 <= prob <= 1:
+            raise UsageError(f"mask_probs of {name} is {prob}: give a probability from 0 to 1.")
         init = _named(initialiser(self.variant, TABLE), (None, "norm"))
         token = self.param(f"{name}_mask_token", init, (1, rows.shape[-1]))
         if prob in (0, 1):
@@ -298,7 +316,8 @@ class ImagePostprocessor(nn.Module):
       postproc_type: "pixels" changes nothing; "patches" moves channels into blocks of pixels; "conv" has transposed
         convolutions of size 4, each doubling the image (two of them, or as many as the factors ask for if there is a
         `temporal_upsample`); "conv1x1" is a 1x1 convolution with stride `spatial_upsample`.
-      spatial_upsample, temporal_upsample: factors of "patches" and "conv".
+      spatial_upsample, temporal_upsample: factors of "patches" and "conv". For "conv" the spatial one is 4, or both are
+        powers of 2 if there is a temporal one.
       features: K, for the two types with convolutions.
       input_reshape_size: the grid, where rows come as [B, M, C].
       variant: "deepmind" or "hf", for the initial values.
@@ -336,10 +355,14 @@ class ImagePostprocessor(nn.Module):
             strides = (self.spatial_upsample,) * 2
             return nn.Conv(self.features, (1, 1), strides, kernel_init=flat, name="conv1x1", **common)(x)
         if self.temporal_upsample == 1:
+            if self.spatial_upsample != 4:
+                raise UsageError(f"spatial_upsample is {self.spatial_upsample}: 'conv' without time enlarges by 4.")
             x = nn.ConvTranspose(2 * self.features, (4, 4), (2, 2), kernel_init=flat, name="conv_0", **common)(x)
             return nn.ConvTranspose(self.features, (4, 4), (2, 2), kernel_init=flat, name="conv_1", **common)(
                 nn.relu(x)
             )
+        if any(factor < 1 or factor & (factor - 1) for factor in factors):
+            raise UsageError(f"'conv' cannot enlarge by {factors} in time and space: give powers of 2.")
         times, spaces = (round(math.log2(factor)) for factor in factors)
         steps = max(times, spaces)
         for i in range(steps):
@@ -363,9 +386,19 @@ class MultimodalPostprocessor(nn.Module):
 
 def check_names(what: str, given: Any, known: Mapping[str, Any], *, exact: bool = False) -> None:
     """Raises `UsageError` unless `given` is a mapping whose names are among those of `known`, or all of them."""
-    names = sorted(given) if isinstance(given, Mapping) else None
-    if names is None or not set(names) <= set(known) or (exact and set(names) != set(known)):
-        raise UsageError(f"{what} are for {names}: give a dict for {', '.join(sorted(known))}.")
+    wanted = f"give a dict for {', '.join(sorted(known))}."
+    if not isinstance(given, Mapping):
+        raise UsageError(f"{what} must name their modalities: {wanted}")
+    if not set(given) <= set(known) or (exact and set(given) != set(known)):
+        raise UsageError(f"{what} are for {sorted(given)}: {wanted}")
+
+
+def check_rows(what: str, given: Any, expected: tuple[int, ...], rows: str) -> None:
+    """Raises `UsageError` unless `given`, if there is one, has `expected` (B, N) for its first two axes."""
+    if given is not None and given.shape[:2] != expected:
+        raise UsageError(
+            f"{what} has shape {given.shape} but there are {expected} {rows}: give one entry for each of them."
+        )
 
 
 def paddings(module: Any, widths: Mapping[str, int], min_padding_size: int) -> dict[str, jax.Array]:
@@ -393,6 +426,7 @@ def _with_positions(module: Any, x: jax.Array, pos: jax.Array | None, how: str) 
         raise UsageError(f"concat_or_add_pos '{how}' is none of concat, add.")
     index_dims = x.shape[1:-1]
     x = x.reshape(x.shape[0], -1, x.shape[-1])
+    check_rows("pos", pos, x.shape[:2], "input rows")
     if module.positions is None:
         return Prepared(x, x, index_dims)
     encoding = bind(module.positions, module, "pos", index_dims, module.dtype)(pos=pos)

@@ -16,6 +16,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
+from xattn.tasks.common import forward, normalize
+
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
@@ -34,9 +36,7 @@ class FewShot:
 
     def prepare(self, images: Shaped[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
         """Normalised float32 images from uint8 ones; float images are taken to be normalised already."""
-        if jnp.issubdtype(images.dtype, jnp.floating):
-            return images
-        return (images.astype(jnp.float32) / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        return normalize(images, self.mean, self.std)
 
     def inputs(self, batch: Mapping[str, Array]) -> tuple[Float[Array, "*B N K H W C"], Float[Array, "*B Q H W C"]]:
         """The model's arguments: prepared support and query images."""
@@ -65,8 +65,7 @@ class FewShot:
           loss; metrics loss, accuracy, and global_accuracy and local_accuracy where the model has these branches;
           the new batch statistics as {"batch_stats": ...}, or {}.
         """
-        mutable = ["batch_stats"] if train and "batch_stats" in variables else []
-        out, state = model.apply(variables, *self.inputs(batch), train=train, rngs=rngs, mutable=mutable)
+        out, state = forward(model, variables, self.inputs(batch), train=train, rngs=rngs)
         labels = batch["query_labels"]
 
         loss = _cross_entropy(out["logits"], labels)
@@ -76,7 +75,7 @@ class FewShot:
         for branch in ("global_scores", "local_logits"):
             if branch in out:
                 metrics[branch.split("_")[0] + "_accuracy"] = _accuracy(out[branch], labels)
-        return loss, metrics, dict(state)
+        return loss, metrics, state
 
 
 def _cross_entropy(logits: Float[Array, "B Q N"], labels: Int[Array, "B Q"]) -> Float[Array, ""]:

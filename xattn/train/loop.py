@@ -55,17 +55,21 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
-    for where, spec in _evaluations(config).items():
-        evals.check(spec, model, config, where)
+    train_step = make_train_step(
+        model, task, optimizer, schedule, config.seed, config.accumulate_steps, config.ema_decay
+    )
 
-    # State: planned without memory, then restored into its shardings, or created in them.
+    # State: planned, and the step traced, without memory; then restored into its shardings, or created in them.
     with use_mesh(mesh):
         shapes = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
-        try:
-            plan = abstract_state(model, task, optimizer, shapes, config.ema_decay > 0, config.seed, mesh)
-        except ValueError as error:  # what ops and libraries say of arguments that don't fit
-            raise UsageError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
-        create, abstract, notes = plan
+        with _misfits_named():
+            create, abstract, notes = abstract_state(
+                model, task, optimizer, shapes, config.ema_decay > 0, config.seed, mesh
+            )
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, shapes)
+        for where, spec in _evaluations(config).items():
+            evals.check(spec, model, config, where)
         open_workdir(workdir, config)
         metric = config.validation.metric if config.validation else None
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
@@ -88,12 +92,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             report.say(_summary(config, state, mesh, workdir, start))
 
             # The step, compiled ahead so that its time is told apart from the training's.
-            train_step = make_train_step(
-                model, task, optimizer, schedule, config.seed, config.accumulate_steps, config.ema_decay
-            )
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-            compiled = jitted.lower(state, shapes).compile()
+            compiled = lowered.compile()
             report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
             # The loop: update, log, validate, save.
@@ -147,6 +146,19 @@ def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -
         f"{config.model.name}: {count:,} parameters, {shape}, batch {batch} ({per_replica} a replica and "
         f"microbatch), {config.num_steps} steps; {where} in {workdir}"
     )
+
+
+@contextmanager
+def _misfits_named() -> Iterator[None]:
+    """What ops and libraries say of arguments and shapes that don't fit, in one sentence."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and "shape" not in str(error):  # a mistake in the program, not in the config
+            raise
+        raise UsageError(f"model, task and data of the config do not fit: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

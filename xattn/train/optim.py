@@ -23,6 +23,21 @@ def cosine(num_steps: int, value: float, /, warmup_steps: int = 0, final_fractio
     return _warm(decay, value, warmup_steps)
 
 
+def constant_cosine(
+    num_steps: int,
+    value: float,
+    /,
+    decay_start: float = 0.5,
+    warmup_steps: int = 0,
+    final_fraction: float = 0.0,
+) -> Schedule:
+    """`value` for the fraction `decay_start` of `num_steps`, which count a linear warm-up; then `cosine`'s decay."""
+    start = round(decay_start * num_steps)
+    decay = optax.cosine_decay_schedule(value, max(1, num_steps - start), alpha=final_fraction)
+    flat = constant(num_steps, value, warmup_steps)
+    return optax.join_schedules([flat, decay], [start])
+
+
 def linear(num_steps: int, value: float, /, warmup_steps: int = 0, final_fraction: float = 0.0) -> Schedule:
     """A line from `value` to `final_fraction * value` after `num_steps` steps, which count a linear warm-up."""
     decay = optax.linear_schedule(value, final_fraction * value, max(1, num_steps - warmup_steps))
@@ -41,7 +56,13 @@ def _warm(schedule: Schedule, value: float, warmup_steps: int) -> Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, value, warmup_steps), schedule], [warmup_steps])
 
 
-SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "step": step}
+SCHEDULES = {
+    "constant": constant,
+    "constant_cosine": constant_cosine,
+    "cosine": cosine,
+    "linear": linear,
+    "step": step,
+}
 
 
 # An optimizer gives the direction of the update; `make_optimizer` multiplies it by the learning rate.
@@ -89,18 +110,20 @@ OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb}
 
 
 def decay_mask(decay: str) -> Callable[[Any], Any]:
-    """Which parameters weight decay shrinks: "all", or "kernels" (not biases, scales and other `norm`s).
+    """Which parameters weight decay shrinks, by the name of the leaf.
 
-    A kernel is a leaf named `kernel` or `embedding`: a bias of an attention projection has two axes, so
-    the number of axes does not tell.
+    "all"; "weights", all but biases and the scales of norms, so that latents and learned positions decay too (the
+    released recipe of Perceiver IO); or "kernels", only leaves named `kernel` or `embedding`. The number of axes would
+    not tell: a bias of an attention projection has two.
     """
-    if decay == "all":
-        return lambda params: jax.tree.map(lambda _: True, params)
-    if decay != "kernels":
-        raise UsageError(f"config.optimizer.decay is '{decay}': choose 'all' or 'kernels'.")
-    return lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: _keys(path)[-1] in ("kernel", "embedding"), params
-    )
+    rules = {
+        "all": lambda name: True,
+        "weights": lambda name: name not in ("bias", "scale"),
+        "kernels": lambda name: name in ("kernel", "embedding"),
+    }
+    if decay not in rules:
+        raise UsageError(f"config.optimizer.decay is '{decay}': choose {', '.join(map(repr, rules))}.")
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: rules[decay](_keys(path)[-1]), params)
 
 
 def _frozen(prefixes: Sequence[str], params: Any) -> Any:
@@ -127,7 +150,7 @@ def make_optimizer(
 
     Args:
       config: `name`, `learning_rate`, `schedule` (a mapping with its `name`), `clip_norm` (0: none), `decay`
-        ("all" or "kernels"), and the optimizer's own keywords.
+        ("all", "weights" or "kernels"), and the optimizer's own keywords.
       num_steps: length of the schedule in steps.
       frozen: path prefixes of parameters that training must not change.
 

@@ -1,0 +1,61 @@
+"""What the protocols over single examples share: scores example by example, and what may be asked for."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from xattn import data
+from xattn.config import Config, UsageError
+
+
+def score_examples(
+    score: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
+    source: Any,
+    batch_size: int,
+    num_examples: int | None = None,
+    transforms: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Shaped[np.ndarray, "E"]]:
+    """The values that `score` gives examples of a source that are spread evenly over it.
+
+    Args:
+      score: a batch of B examples to values [B] by name.
+      source, batch_size, num_examples, transforms, seed: see `xattn.data.eval_batches`.
+    """
+    rows: dict[str, list[np.ndarray]] = {}
+    batches = data.eval_batches(source, batch_size, transforms=transforms or {}, seed=seed, num_examples=num_examples)
+    for batch in batches:
+        present = batch.pop("present")
+        for name, values in score(batch).items():
+            rows.setdefault(name, []).append(np.asarray(values)[present])
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+
+def check_examples(config: Config, protocol: str, split: str, num_examples: int | None, batch_size: int) -> Any:
+    """The source of a split, or a `UsageError` for a task, a split, a number or a batch that `protocol` can't take."""
+    if config.task.name != protocol:
+        raise UsageError(f"the evaluation '{protocol}' is for the task '{protocol}', but this is '{config.task.name}'.")
+    source = _source(json.dumps(config.data.to_dict()), split)
+    if num_examples is not None and not 0 < num_examples <= source.num_examples:
+        raise UsageError(
+            f"num_examples is {num_examples}, but the split '{split}' has {source.num_examples}: "
+            "give fewer, or None for all."
+        )
+    if batch_size < 1:
+        raise UsageError(f"batch_size of the evaluation '{protocol}' is {batch_size}: give 1 or more.")
+    return source
+
+
+@functools.lru_cache(maxsize=2)
+def _source(config: str, split: str) -> Any:
+    """The split of a JSON data config: one that a run validates on again and again is opened once."""
+    return data.build(json.loads(config), split=split)
+
+
+def identity(config: Config, split: str, per_example: np.ndarray, **more: Any) -> dict[str, Any]:
+    """What tells one set of examples from another, so that only results on the same ones are compared in pairs."""
+    return {"data": config.data.to_dict(), "split": split, "num_examples": len(per_example), **more}
