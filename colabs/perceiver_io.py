@@ -87,10 +87,11 @@ for variant in ("hf", "deepmind"):
 # ## What do latents look at?
 #
 # `perceiver_io/imagenet_fourier` is the published model and its recipe; its variant `digits` is a small one of the same
-# parts, for images of 8 x 8 pixels.
+# parts, for images of 8 x 8 pixels. We shorten the run.
 
 # %%
 config = load_config("perceiver_io/imagenet_fourier:digits")
+config.num_steps = 400
 results = train(config, runs / "digits")
 print(f"test accuracy {100 * results['digits']['accuracy']:.1f}%")
 
@@ -129,7 +130,7 @@ plt.show()
 
 # %%
 config = load_config("perceiver_io/optical_flow:planes")
-config.num_steps = 1500
+config.num_steps = 1000
 train(config, runs / "planes")
 display(Image(next((runs / "planes" / "plots").glob("optical_flow_*.png"))))
 

@@ -108,7 +108,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config["optimizer"] |= dict(name="adamw", learning_rate=3e-3, schedule=dict(name="cosine", warmup_steps=50))
         config["validation"] |= dict(num_examples=None, every=200, metric="accuracy")
         config["evals"] = dict(digits=dict(name="classification", split="test"))
-        config |= dict(num_steps=600, ema_decay=0.98, dtype="float32", log_every=10, checkpoint=dict(every=300, keep=2))
+        config |= dict(num_steps=600, ema_decay=0.98, dtype="float32", log_every=10, checkpoint=dict(every=200, keep=2))
         config["mesh"] = dict(data=1, fsdp=1, tensor=1, sequence=1)
     if arg == "smoke":
         config["model"]["encoder"] |= dict(num_latents=4, num_self_attends_per_block=1)

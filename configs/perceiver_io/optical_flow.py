@@ -94,7 +94,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config["optimizer"] |= dict(name="adamw", learning_rate=3e-3, schedule=dict(name="cosine", warmup_steps=50))
         config["validation"] = dict(name="optical_flow", split="val", num_examples=64, every=500, metric="-epe")
         config["evals"] = dict(planes=dict(name="optical_flow", split="test", num_examples=500))
-        config |= dict(num_steps=3000, dtype="float32", log_every=10, checkpoint=dict(every=500, keep=2))
+        config |= dict(num_steps=2000, dtype="float32", log_every=10, checkpoint=dict(every=500, keep=2))
         config["mesh"] = dict(data=1, fsdp=1, tensor=1, sequence=1)
     if arg == "smoke":
         config["model"]["encoder"] |= dict(num_latents=8, latent_features=16, num_self_attends_per_block=1)

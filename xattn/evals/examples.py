@@ -1,7 +1,6 @@
 """What the protocols over single examples share: scores example by example, and what may be asked for."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from xattn import data
-from xattn.config import Config, UsageError
+from xattn.config import Config, UsageError, from_json, to_json
 
 
 def score_examples(
@@ -39,7 +38,7 @@ def check_examples(config: Config, protocol: str, split: str, num_examples: int 
     """The source of a split, or a `UsageError` for a task, a split, a number or a batch that `protocol` can't take."""
     if config.task.name != protocol:
         raise UsageError(f"the evaluation '{protocol}' is for the task '{protocol}', but this is '{config.task.name}'.")
-    source = _source(json.dumps(config.data.to_dict()), split)
+    source = _source(to_json(config.data), split)
     if num_examples is not None and not 0 < num_examples <= source.num_examples:
         raise UsageError(
             f"num_examples is {num_examples}, but the split '{split}' has {source.num_examples}: "
@@ -53,7 +52,7 @@ def check_examples(config: Config, protocol: str, split: str, num_examples: int 
 @functools.lru_cache(maxsize=2)
 def _source(config: str, split: str) -> Any:
     """The split of a JSON data config: one that a run validates on again and again is opened once."""
-    return data.build(json.loads(config), split=split)
+    return data.build(from_json(config).to_dict(), split=split)
 
 
 def identity(config: Config, split: str, per_example: np.ndarray, **more: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """How well a model guesses hidden bytes, beside a guess that does not look at the text."""
 
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from xattn import data, tasks
-from xattn.config import Config, UsageError
+from xattn.config import Config, UsageError, from_json, to_json
 from xattn.evals.examples import check_examples, identity, score_examples
 from xattn.evals.fewshot import half_width
 
@@ -52,7 +51,7 @@ def masked_language(
     source = check_masked_language(model, config, split, num_examples, batch_size)
     transforms = config.pipeline.transforms.to_dict()
     task = tasks.build(config.task.to_dict())
-    favourite = _favourite(json.dumps([config.data.to_dict(), transforms]), batch_size, seed)
+    favourite = _favourite(to_json(config.data), to_json(config.pipeline.transforms), batch_size, seed)
     score = functools.partial(_score, model, task, variables, favourite)
     rows = score_examples(score, source, batch_size, num_examples, transforms, seed)
     hidden = rows["hidden"]
@@ -96,11 +95,12 @@ def describe_masked_language(result: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _favourite(settings: str, batch_size: int, seed: int) -> int:
-    """The byte that is hidden most often in the training split of a JSON [data config, transforms]."""
-    config, transforms = json.loads(settings)
-    train = data.build(config, split="train")
-    batches = data.eval_batches(train, batch_size, transforms, seed, min(10_000, train.num_examples))
+def _favourite(config: str, transforms: str, batch_size: int, seed: int) -> int:
+    """The byte that is hidden most often in the training split; `config` of the data and `transforms` are JSON."""
+    train = data.build(from_json(config).to_dict(), split="train")
+    batches = data.eval_batches(
+        train, batch_size, from_json(transforms).to_dict(), seed, min(10_000, train.num_examples)
+    )
     hidden = [batch["targets"][batch["loss_mask"] & batch["present"][:, None]] for batch in batches]
     return int(np.bincount(np.concatenate(hidden), minlength=1).argmax())
 
