@@ -19,13 +19,6 @@ def test_the_model_is_the_published_one(name):
     assert model == VARIANTS[name]
 
 
-def test_the_image_models_are_trained_alike():
-    fourier = load_config("perceiver_io/imagenet_fourier").to_dict()
-    for name in ("learned", "conv"):
-        other = load_config(f"perceiver_io/imagenet_{name}").to_dict()
-        assert {key for key in fourier if other[key] != fourier[key]} == {"model"}
-
-
 def test_plus_plus_is_the_larger_language_model():
     assert load_config("perceiver_io/language:plus_plus").model.to_dict() == VARIANTS["language_plus_plus"]
 
