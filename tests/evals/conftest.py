@@ -7,5 +7,5 @@ from xattn.evals import examples, masked_language
 
 @pytest.fixture(autouse=True)
 def forget():
-    examples._source.cache_clear()
+    examples._open.cache_clear()
     masked_language._favourite.cache_clear()

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from xattn import data, tasks
 from xattn.config import Config, UsageError
-from xattn.evals.examples import check_examples, identity, score_examples
+from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
 from xattn.evals.fewshot import half_width
 
 
@@ -52,7 +52,8 @@ def autoencoding(
     Raises:
       UsageError: see `check_autoencoding`.
     """
-    source = check_autoencoding(model, config, split, num_examples, batch_size, chunks)
+    check_autoencoding(model, config, split, num_examples, batch_size, chunks)
+    source = open_split(config, split)
     task = tasks.build(config.task.to_dict())
 
     def score(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -72,7 +73,7 @@ def autoencoding(
         "metric": "image_psnr",
         **{name: float(values.mean()) for name, values in rows.items()},
         "ci95": half_width(rows["image_psnr"]),
-        "examples": identity(config, split, rows["image_psnr"]),
+        "examples": examples_id(config, split, rows["image_psnr"]),
         "per_example": [round(float(value), 6) for value in rows["image_psnr"]],
     }
 
@@ -84,12 +85,12 @@ def check_autoencoding(
     num_examples: int | None = None,
     batch_size: int = 8,
     chunks: int = 1,
-) -> Any:
-    """The source of the split; `UsageError` for another task, split or number, or fewer than one chunk."""
+) -> None:
+    """Raises `UsageError` for another task, split or number, or fewer than one chunk."""
     del model
     if chunks < 1:
         raise UsageError(f"chunks is {chunks}: decode in 1 or more.")
-    return check_examples(config, "autoencoding", split, num_examples, batch_size)
+    check_examples(config, "autoencoding", split, num_examples, batch_size)
 
 
 def describe_autoencoding(result: Mapping[str, Any]) -> str:

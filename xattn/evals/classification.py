@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from xattn import tasks
 from xattn.config import Config, UsageError
-from xattn.evals.examples import check_examples, identity, score_examples
+from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
 from xattn.evals.fewshot import half_width
 
 
@@ -41,7 +41,8 @@ def classification(
     Raises:
       UsageError: see `check_classification`.
     """
-    source = check_classification(model, config, split, num_examples, batch_size)
+    check_classification(model, config, split, num_examples, batch_size)
+    source = open_split(config, split)
     task = tasks.build(config.task.to_dict())
     ranks = score_examples(functools.partial(_rank, model, task, variables), source, batch_size, num_examples)["rank"]
     right = (ranks == 0).astype(float)
@@ -50,23 +51,23 @@ def classification(
         "accuracy": float(right.mean()),
         "ci95": half_width(right),
         "top5": float((ranks < 5).mean()),
-        "examples": identity(config, split, right),
+        "examples": examples_id(config, split, right),
         "per_example": right.tolist(),
     }
 
 
 def check_classification(
     model: nn.Module, config: Config, split: str = "test", num_examples: int | None = None, batch_size: int = 100
-) -> Any:
-    """The source of the split; `UsageError` for another task, split or number, or more classes than the model has."""
-    source = check_examples(config, "classification", split, num_examples, batch_size)
+) -> None:
+    """Raises `UsageError` for another task, split or number, or more classes than the model has."""
+    check_examples(config, "classification", split, num_examples, batch_size)
+    source = open_split(config, split)
     outputs = _num_outputs(model, tasks.build(config.task.to_dict()), source.example(0, None)["image"].shape)
     if outputs < len(source.class_names):
         raise UsageError(
             f"the model has {outputs} outputs, but {source.name} has {len(source.class_names)} classes: "
             "give it one output for each."
         )
-    return source
 
 
 def describe_classification(result: Mapping[str, Any]) -> str:

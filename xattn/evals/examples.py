@@ -34,11 +34,11 @@ def score_examples(
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
-def check_examples(config: Config, protocol: str, split: str, num_examples: int | None, batch_size: int) -> Any:
-    """The source of a split, or a `UsageError` for a task, a split, a number or a batch that `protocol` can't take."""
+def check_examples(config: Config, protocol: str, split: str, num_examples: int | None, batch_size: int) -> None:
+    """Raises `UsageError` for a task, a split, a number or a batch that `protocol` can't take."""
     if config.task.name != protocol:
         raise UsageError(f"the evaluation '{protocol}' is for the task '{protocol}', but this is '{config.task.name}'.")
-    source = _source(to_json(config.data), split)
+    source = open_split(config, split)
     if num_examples is not None and not 0 < num_examples <= source.num_examples:
         raise UsageError(
             f"num_examples is {num_examples}, but the split '{split}' has {source.num_examples}: "
@@ -46,15 +46,18 @@ def check_examples(config: Config, protocol: str, split: str, num_examples: int 
         )
     if batch_size < 1:
         raise UsageError(f"batch_size of the evaluation '{protocol}' is {batch_size}: give 1 or more.")
-    return source
+
+
+def open_split(config: Config, split: str) -> Any:
+    """The source of a split of `config.data`; one that a run validates on again and again is opened once."""
+    return _open(to_json(config.data), split)
 
 
 @functools.lru_cache(maxsize=2)
-def _source(config: str, split: str) -> Any:
-    """The split of a JSON data config: one that a run validates on again and again is opened once."""
+def _open(config: str, split: str) -> Any:
     return data.build(from_json(config).to_dict(), split=split)
 
 
-def identity(config: Config, split: str, per_example: np.ndarray, **more: Any) -> dict[str, Any]:
+def examples_id(config: Config, split: str, per_example: np.ndarray, **more: Any) -> dict[str, Any]:
     """What tells one set of examples from another, so that only results on the same ones are compared in pairs."""
     return {"data": config.data.to_dict(), "split": split, "num_examples": len(per_example), **more}

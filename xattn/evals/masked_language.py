@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from xattn import data, tasks
 from xattn.config import Config, UsageError, from_json, to_json
-from xattn.evals.examples import check_examples, identity, score_examples
+from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
 from xattn.evals.fewshot import half_width
 
 
@@ -48,7 +48,8 @@ def masked_language(
     Raises:
       UsageError: see `check_masked_language`.
     """
-    source = check_masked_language(model, config, split, num_examples, batch_size)
+    check_masked_language(model, config, split, num_examples, batch_size)
+    source = open_split(config, split)
     transforms = config.pipeline.transforms.to_dict()
     task = tasks.build(config.task.to_dict())
     favourite = _favourite(to_json(config.data), to_json(config.pipeline.transforms), batch_size, seed)
@@ -66,7 +67,7 @@ def masked_language(
         "ci95": half_width(residuals),
         "bits_per_byte": float(mean["bits"]),
         "unigram_accuracy": float(mean["unigram"]),
-        "examples": identity(config, split, hidden, transforms=transforms, seed=seed),
+        "examples": examples_id(config, split, hidden, transforms=transforms, seed=seed),
         "per_example": [round(float(value), 6) for value in rows["right"] / hidden.mean()],
     }
 
@@ -78,13 +79,12 @@ def check_masked_language(
     num_examples: int | None = None,
     batch_size: int = 32,
     **_: Any,
-) -> Any:
-    """The source of the split; `UsageError` for another task, split or number, or where nothing hides bytes."""
+) -> None:
+    """Raises `UsageError` for another task, split or number, or where nothing hides bytes."""
     del model
-    source = check_examples(config, "masked_language", split, num_examples, batch_size)
+    check_examples(config, "masked_language", split, num_examples, batch_size)
     if "mask_words" not in config.pipeline.get("transforms", {}):
         raise UsageError("config.pipeline.transforms has no 'mask_words', so no byte is hidden: add it.")
-    return source
 
 
 def describe_masked_language(result: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from xattn import tasks
 from xattn.config import Config, UsageError
-from xattn.evals.examples import check_examples, identity, score_examples
+from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
 from xattn.evals.fewshot import half_width
 from xattn.tasks.optical_flow import FLOW_SCALE
 
@@ -52,7 +52,8 @@ def optical_flow(
     Raises:
       UsageError: see `check_optical_flow`.
     """
-    source = check_optical_flow(model, config, split, num_examples, batch_size, tile, overlap)
+    check_optical_flow(model, config, split, num_examples, batch_size, tile, overlap)
+    source = open_split(config, split)
     task = tasks.build(config.task.to_dict())
 
     def score(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -74,7 +75,7 @@ def optical_flow(
         "epe": float(rows["epe"].mean()),
         "ci95": half_width(rows["epe"]),
         "zero_epe": float(rows["zero_epe"].mean()),
-        "examples": identity(config, split, rows["epe"]),
+        "examples": examples_id(config, split, rows["epe"]),
         "per_example": [round(float(value), 6) for value in rows["epe"]],
     }
 
@@ -87,13 +88,12 @@ def check_optical_flow(
     batch_size: int = 8,
     tile: tuple[int, ...] | None = None,
     overlap: int = 20,
-) -> Any:
-    """The source of the split; `UsageError` for another task, split or number, or tiles that don't fit its images."""
+) -> None:
+    """Raises `UsageError` for another task, split or number, or tiles that don't fit its images."""
     del model
-    source = check_examples(config, "optical_flow", split, num_examples, batch_size)
+    check_examples(config, "optical_flow", split, num_examples, batch_size)
     if tile is not None:
-        _check_tile(source.example(0, None)["frames"].shape[1:3], tuple(tile), overlap)
-    return source
+        _check_tile(open_split(config, split).example(0, None)["frames"].shape[1:3], tuple(tile), overlap)
 
 
 def describe_optical_flow(result: Mapping[str, Any]) -> str:
