@@ -18,20 +18,19 @@ import tempfile
 import time
 from pathlib import Path
 
-COMMAND = (sys.executable, "-m", "xattn", "train", "--config=qsformer/glyphs:smoke", "--config.num_steps=12")
 
-
-def start(workdir: Path) -> subprocess.Popen:
-    """Starts the command in the background; its output goes to a log beside the workdir."""
+def start(workdir: Path, config: str) -> subprocess.Popen:
+    """Starts the training in the background; its output goes to a log beside the workdir."""
+    command = (sys.executable, "-m", "xattn", "train", f"--config={config}", "--config.num_steps=12")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     with (workdir.parent / f"{workdir.name}.log").open("a") as log:
-        return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], stdout=log, stderr=log, env=environment)
+        return subprocess.Popen([*command, f"--workdir={workdir}"], stdout=log, stderr=log, env=environment)
 
 
-def finish(workdir: Path) -> float:
-    """Runs the command to its end; returns the seconds it took."""
+def finish(workdir: Path, config: str) -> float:
+    """Runs the training to its end; returns the seconds it took."""
     began = time.monotonic()
-    if code := start(workdir).wait():
+    if code := start(workdir, config).wait():
         log = (workdir.parent / f"{workdir.name}.log").read_text()
         raise AssertionError(f"the run in {workdir} ended with {code}:\n{log[-3000:]}")
     return time.monotonic() - began
@@ -46,15 +45,15 @@ def contents(workdir: Path) -> dict[str, object]:
     return {"rows": rows, "evaluation": evaluation, "step": last.name, "checksums": meta["checksums"]}
 
 
-def drill(runs: int, folder: Path, seed: int = 0) -> None:
+def drill(runs: int, folder: Path, config: str = "qsformer/glyphs:smoke", seed: int = 0) -> None:
     """Kills and continues `runs` runs in `folder`; AssertionError if one differs from the untouched run."""
     rng = random.Random(seed)
-    finish(folder / "warm_up")  # fills the compilation cache: the next run takes as long as those to be killed
-    seconds = finish(folder / "untouched")
+    finish(folder / "warm_up", config)  # fills the compilation cache: the next run takes as long as those to be killed
+    seconds = finish(folder / "untouched", config)
     expected = contents(folder / "untouched")
     for number in range(runs):
         workdir = folder / f"run_{number}"
-        process = start(workdir)
+        process = start(workdir, config)
         if number % 3 == 2:
             nth = rng.randrange(1, 4)
             while process.poll() is None and not _saving(workdir, nth):
@@ -65,7 +64,7 @@ def drill(runs: int, folder: Path, seed: int = 0) -> None:
         process.kill()
         process.wait()
         state = "had finished" if finished else f"killed, {_progress(workdir)}"
-        finish(workdir)
+        finish(workdir, config)
         found = contents(workdir)
         wrong = [name for name in expected if found[name] != expected[name]]
         assert not wrong, f"run {number}, {state}: {', '.join(wrong)} differ from the untouched run's"

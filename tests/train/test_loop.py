@@ -105,18 +105,18 @@ def test_a_workdir_of_another_experiment_is_refused_untouched(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data8", "data2-fsdp2-tensor2"]
-)
-def test_eight_devices_train_as_one(tmp_path, mesh):
+@pytest.mark.slow
+def test_eight_devices_train_as_one(tmp_path):
     """Same losses over 10 steps at 8 episodes a batch; dropout is on, so its random numbers agree too."""
     encoder = {"name": "conv4", "widths": (8, 8, 8, 8), "norm": "group", "pool_last": False}
     common = dict(num_steps=10, pipeline__batch_size=8, model__support_dropout=0.1, checkpoint__every=10)
     common |= dict(model__encoder=encoder, validation=dict(VALIDATION, every=10))
     train(smoke("qsformer", **common), tmp_path / "one")
-    train(smoke("qsformer", **common, **{f"mesh__{axis}": size for axis, size in mesh.items()}), tmp_path / "eight")
     assert len(losses(tmp_path / "one")) == 10
-    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
+    for mesh in (dict(mesh__data=8), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)):
+        workdir = tmp_path / "_".join(mesh)
+        train(smoke("qsformer", **common, **mesh), workdir)
+        np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def test_bfloat16_computes_while_parameters_stay_float32(tmp_path):
@@ -127,24 +127,23 @@ def test_bfloat16_computes_while_parameters_stay_float32(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "bfloat16"), losses(tmp_path / "float32"), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_every_parameter_trains_and_frozen_ones_do_not(tmp_path):
-    train(smoke("qsformer", num_steps=1, checkpoint__every=1), tmp_path / "one")
-    train(smoke("qsformer", num_steps=2, checkpoint__every=1), tmp_path / "two")
-    unchanged = jax.tree.map(np.array_equal, params(tmp_path / "one"), params(tmp_path / "two"))
+    def first_steps(name: str, **changes: object) -> list[dict]:
+        train(smoke("qsformer", num_steps=2, checkpoint__every=1, **changes), tmp_path / name)
+        return [xattn.load(tmp_path / name, step)[1]["params"] for step in (1, 2)]
+
+    unchanged = jax.tree.map(np.array_equal, *first_steps("all"))
     paths = [jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_flatten_with_path(unchanged)[0] if same]
     # A softmax does not see a constant in the keys: their biases have no gradient but rounding.
     assert all("['key']['bias']" in path for path in paths), paths
 
-    config = smoke("qsformer", num_steps=1, checkpoint__every=1, model__freeze_patchformer=True)
-    train(config, tmp_path / "frozen_one")
-    config.num_steps = 2
-    train(config, tmp_path / "frozen_two")
-    one, two = params(tmp_path / "frozen_one"), params(tmp_path / "frozen_two")
+    one, two = first_steps("frozen", model__freeze_patchformer=True)
     assert_equal_trees(one["patchformer"], two["patchformer"])
     assert not np.array_equal(one["block_0"]["projection"]["kernel"], two["block_0"]["projection"]["kernel"])
 
 
 @pytest.mark.slow
 def test_killed_runs_continue_bit_for_bit(tmp_path, capsys):
-    drill(5, tmp_path)
+    drill(5, tmp_path, "protonet/glyphs:smoke")
     assert capsys.readouterr().out.count("equal to the untouched run") == 5
