@@ -95,6 +95,28 @@ def test_workdirs(tmp_path, capsys):
     assert "is no empty folder" in refused(capsys, "train", SMOKE, f"--workdir={tmp_path / 'full'}")
 
 
+def test_data_prepare(tmp_path, folders, capsys):
+    out = tmp_path / "records"
+    command = ["data", "prepare", "images", str(folders), str(out), "--shards=2"]
+    for name in ("val", "test"):  # labels are those of train
+        for label in ("a", "b"):
+            (folders / name / f"{name}_{label}").rename(folders / name / f"train_{label}")
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "train-00001-of-00002.arrayrecord: 2 images" in printed
+    assert "4 images of train and 4 images of val and 4 images of test in 6 files, every record read back" in printed
+    assert main(command) == 0
+    assert "in 6 files, all there before, every record read back" in capsys.readouterr().out
+    assert "was begun with --shards=2, but now it is 16" in refused(capsys, *command[:-1])
+    assert "There is no folder 'nowhere'" in refused(capsys, "data", "prepare", "images", "nowhere", str(out))
+    for words in ([], ["prepare"], ["prepare", "images", str(folders)], ["prune", "images", "a", "b"]):
+        assert "give prepare KIND SRC OUT" in refused(capsys, "data", *words)
+    assert "there is no kind of data to prepare 'image': did you mean 'images'?" in refused(
+        capsys, "data", "prepare", "image", str(folders), str(out)
+    )
+    assert "--shards" in refused(capsys, *command[:-1], "--shards=0")
+
+
 def test_list_and_help_name_everything(capsys):
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
@@ -103,7 +125,7 @@ def test_list_and_help_name_everything(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert "xattn VERB" in capsys.readouterr().out
-    for verb in ("train", "eval", "inspect", "list"):
+    for verb in ("train", "eval", "data", "inspect", "list"):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0

@@ -1,5 +1,6 @@
 """The command line: one verb, its flags, one sentence and exit code 2 for what the user can put right."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from absl import flags, logging
 
 from xattn import analysis, data, evals, models, tasks, train
 from xattn.checkpoints import DamagedCheckpoint
-from xattn.config import UsageError, cache_dir, config_names, parse_config
+from xattn.config import UsageError, cache_dir, config_names, lookup, parse_config
+from xattn.data.prepare import PREPARATIONS
 from xattn.interop.convert import convert
 
 USAGE = """usage: xattn VERB [--config=NAME[:VARIANT]] [--config.key=value ...] [flags]
@@ -20,6 +22,7 @@ verbs:
   train    --config=NAME [--workdir=DIR]      train, or continue the run in DIR, then evaluate
   eval     --workdir=DIR [--against=DIR]      evaluate a run; compare it with another, episode by episode
   convert  KIND SOURCE WORKDIR [--data=DIR]   published weights to a workdir (docs/weights.md)
+  data     prepare images SRC OUT [flags]     class folders to a few large files (docs/data.md)
   inspect  --config=NAME [--json]             parameters, FLOPs, memory and shapes
   list                                        models, tasks, sources, evaluations, configs
 
@@ -125,6 +128,20 @@ def _convert(arguments: list[str]) -> int:
     return 0
 
 
+def _data(arguments: list[str]) -> int:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_integer("shards", 16, "files of a split", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("workers", 8, "threads that read ahead", lower_bound=1, flag_values=values)
+
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    values, *_ = _parse(define, [argument for argument in arguments if argument.startswith("-")])
+    if len(words) != 4 or words[0] != "prepare":
+        raise UsageError("give prepare KIND SRC OUT and flags as --shards=16, such as prepare images DIR records.")
+    prepare = lookup(PREPARATIONS, words[1], "kind of data to prepare")
+    print(prepare(words[2], words[3], values.shards, values.workers))
+    return 0
+
+
 def _inspect(arguments: list[str]) -> int:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
@@ -141,11 +158,12 @@ def _list(arguments: list[str]) -> int:
     for title, table in tables.items():
         print(f"{title}:")
         for name, entry in table.items():
-            print(f"  {name:<24}{(entry.__doc__ or '').strip().splitlines()[0]}")
+            described = entry.func if isinstance(entry, functools.partial) else entry
+            print(f"  {name:<24}{(described.__doc__ or '').strip().splitlines()[0]}")
     print("configs:")
     for name in config_names():
         print(f"  {name}")
     return 0
 
 
-VERBS = {"train": _train, "eval": _eval, "convert": _convert, "inspect": _inspect, "list": _list}
+VERBS = {"train": _train, "eval": _eval, "convert": _convert, "data": _data, "inspect": _inspect, "list": _list}

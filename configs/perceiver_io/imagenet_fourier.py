@@ -44,7 +44,12 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
         ),
         task=dict(name="classification", label_smoothing=0.1, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-        data=dict(name="imagenet", root="", image_size=224, randaugment=dict(num_layers=4, magnitude=5)),
+        data=dict(
+            name="imagenet",
+            root="",
+            image_size=224,
+            transform=dict(name="perceiver_io", num_layers=4, magnitude=5),
+        ),
         pipeline=dict(
             name="examples",
             batch_size=1024,  # [MEM]

@@ -41,6 +41,19 @@ def test_every_source_tells_its_shapes_without_its_data_and_its_name():
     assert data.batch_shapes({"name": "autoflow", "image_size": (368, 496)}, EXAMPLES)["flow"].shape == (2, 368, 496, 2)
 
 
+def test_shapes_are_told_with_the_transforms_of_images():
+    transforms = {"random_erasing": {"probability": 0.5}, "mixup_or_cutmix": {"mixup_alpha": 0.2}}
+    told = data.batch_shapes(
+        {"name": "imagenet", "image_size": 32}, EXAMPLES | {"transforms": transforms, "repeats": 3}
+    )
+    assert {name: (field.shape, field.dtype) for name, field in told.items()} == {
+        "image": ((2, 32, 32, 3), np.uint8),
+        "label": ((2,), np.int32),
+        "label_b": ((2,), np.int32),
+        "mix": ((2,), np.float32),
+    }
+
+
 @pytest.mark.parametrize(
     "config, pipeline, sentence",
     [

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from xattn.config import UsageError
-from xattn.data.mixing import mixup_cutmix
+from xattn.data.mixing import mixup_cutmix, mixup_or_cutmix
 
 
 def batch_of(size, side=16):
@@ -61,3 +61,62 @@ def test_mistakes_are_named():
         mixup_cutmix(batch_of(2), np.arange(2), alpha=0.0)
     with pytest.raises(UsageError, match="mixup_cutmix mixes images and their labels, but the data has tokens: take"):
         mixup_cutmix({"tokens": np.zeros((2, 4), np.int32)}, np.arange(2))
+
+
+def test_a_whole_batch_is_mixed_with_itself_reversed_by_one_share():
+    batch = batch_of(6)
+    images, others, kinds = batch["image"], batch["image"][::-1], set()
+    for seed in range(20):
+        mixed = mixup_or_cutmix(batch, np.arange(seed, seed + 6))
+        assert mixed["label"].tolist() == [0, 10, 20, 30, 40, 50]
+        assert mixed["label_b"].tolist() == [50, 40, 30, 20, 10, 0]
+        assert (mixed["label_b"].dtype, mixed["mix"].dtype, mixed["image"].dtype) == (np.int32, np.float32, np.uint8)
+        (share,) = set(mixed["mix"].tolist())
+        pasted = (mixed["image"] == others).all(-1)
+        if ((mixed["image"] == images).all(-1) | pasted).all():
+            kinds.add("cutmix")
+            box = np.zeros((16, 16), bool)
+            box[np.ix_(pasted.all(0).any(1), pasted.all(0).any(0))] = True
+            assert (pasted == box).all() and share == pytest.approx(1 - box.mean())
+        else:
+            kinds.add("mixup")
+            np.testing.assert_allclose(mixed["image"], share * images + (1 - share) * others, atol=0.5 + 1e-4)
+    assert kinds == {"mixup", "cutmix"}
+    np.testing.assert_array_equal(batch["image"], images)
+
+
+def shares(count=1000, **options):
+    """The shares of so many batches, and whether CutMix mixed them: each image has one level only."""
+    batch = {"image": np.array([0, 200], np.uint8).reshape(2, 1, 1, 1), "label": np.zeros(2, np.int32)}
+    batch["image"] = np.broadcast_to(batch["image"], (2, 24, 24, 1))
+    mixed = [mixup_or_cutmix(batch, np.array([seed, 0]), **options) for seed in range(count)]
+    share = np.array([result["mix"][0] for result in mixed])
+    cutmix = np.array([np.isin(result["image"], (0, 200)).all() for result in mixed]) & (share < 1)
+    return share, cutmix
+
+
+def test_shares_of_batches_are_distributed_as_defined():
+    """Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)); a box that the border cuts leaves more of the image."""
+    share, cutmix = shares(mixup_alpha=0.8, cutmix_alpha=0.0)
+    assert abs(share.mean() - 0.5) < 0.04 and abs(share.var() - 1 / (4 * 2.6)) < 0.01 and cutmix.mean() < 0.03
+    share, cutmix = shares(mixup_alpha=0.0, cutmix_alpha=1.0)
+    assert cutmix[share < 1].all() and 0.6 < share.mean() < 0.9 and share.min() < 0.2
+    share, cutmix = shares(switch_probability=0.25)
+    assert 0.2 < cutmix.mean() < 0.31
+    share, cutmix = shares(probability=0.25, cutmix_alpha=0.0)
+    assert abs((share < 1).mean() - 0.25) < 0.05
+    share, _ = shares(probability=0.0)
+    assert (share == 1).all()
+
+
+def test_mistakes_in_mixing_whole_batches_are_named():
+    with pytest.raises(UsageError, match="at least 0, and not both 0, but got 0.0 and 0.0"):
+        mixup_or_cutmix(batch_of(2), np.arange(2), mixup_alpha=0.0, cutmix_alpha=0.0)
+    with pytest.raises(UsageError, match="at least 0, and not both 0, but got -1.0 and 1.0"):
+        mixup_or_cutmix(batch_of(2), np.arange(2), mixup_alpha=-1.0)
+    with pytest.raises(UsageError, match="switch_probability from 0 to 1, but got 1.0 and 2.0"):
+        mixup_or_cutmix(batch_of(2), np.arange(2), switch_probability=2.0)
+    with pytest.raises(UsageError, match="can't both mix a batch: take one of them out"):
+        mixup_or_cutmix(mixup_cutmix(batch_of(2), np.arange(2)), np.arange(2))
+    with pytest.raises(UsageError, match="mixup_or_cutmix mixes images and their labels, but the data has image: take"):
+        mixup_or_cutmix({"image": batch_of(2)["image"]}, np.arange(2))

@@ -137,6 +137,21 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
     assert len(set(seeds.tolist())) == 40
 
 
+def test_an_example_is_repeated_in_a_row_and_an_epoch_keeps_its_length():
+    batches = examples(15, repeats=3, transforms=MASKED["transforms"])
+    indices = np.concatenate([batch["index"] for batch in batches]).reshape(6, 10)
+    for epoch, row in enumerate(indices):
+        order = np.random.default_rng([3, epoch]).permutation(10)
+        np.testing.assert_array_equal(row, np.repeat(order, 3)[:10])
+    seeds = np.concatenate([batch["seed"] for batch in batches])
+    assert len(set(seeds.tolist())) == 60
+    masks = np.concatenate([batch["loss_mask"] for batch in batches])[:9].reshape(3, 3, -1)
+    assert (masks != masks[:, :1]).any()
+    hosts = [examples(3, repeats=3, batch_size=6, process_index=p, process_count=3) for p in range(3)]
+    first = [host[0]["index"].tolist() for host in hosts]
+    assert first[0] == first[1] == first[2] == np.random.default_rng([3, 0]).permutation(10)[:2].tolist()
+
+
 def test_a_batch_may_be_larger_than_an_epoch():
     (batch,) = examples(1, num_examples=3, batch_size=9)
     np.testing.assert_array_equal(np.sort(batch["index"].reshape(3, 3)), np.tile(np.arange(3), (3, 1)))
@@ -224,6 +239,7 @@ def test_transforms_run_in_the_order_of_the_table(monkeypatch):
     [
         ({"batch_size": 6, "process_count": 4}, "A batch of 6 examples does not divide over 4 hosts"),
         ({"seed": -1}, "A stream of examples needs a seed of at least 0, but got -1."),
+        ({"repeats": 0}, "A stream of examples needs repeats of at least 1, but got 0."),
         ({"transforms": {"mask_word": {}}}, "there is no transform 'mask_word': did you mean 'mask_words'?"),
         (
             {"transforms": {"mask_words": {"rat": 1}}},

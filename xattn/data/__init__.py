@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from xattn.config import UsageError, check_keys, lookup
+from xattn.data.cifar import Cifar10, Cifar100
 from xattn.data.clips import ClipFolders, RenderedClips
 from xattn.data.digits import Digits
 from xattn.data.episodes import EpisodeSampler, ImageSource, fixed_episodes
@@ -14,6 +15,8 @@ from xattn.data.flow_files import AutoFlow, FlyingChairs, Kitti, Sintel
 from xattn.data.folders import ClassFolders
 from xattn.data.glyphs import GlyphFS
 from xattn.data.imagenet import Imagenet, ImagenetArrayRecord
+from xattn.data.letters import Letters
+from xattn.data.pets import Pets
 from xattn.data.pipeline import (
     TRANSFORMS,
     ExampleSource,
@@ -28,6 +31,8 @@ from xattn.data.text import PythonSources, TextFiles
 
 SOURCES = {
     "autoflow": AutoFlow,
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
     "class_folders": ClassFolders,
     "clip_folders": ClipFolders,
     "digits": Digits,
@@ -36,7 +41,9 @@ SOURCES = {
     "imagenet": Imagenet,
     "imagenet_arrayrecord": ImagenetArrayRecord,
     "kitti": Kitti,
+    "letters": Letters,
     "moving_planes": MovingPlanes,
+    "pets": Pets,
     "python_sources": PythonSources,
     "rendered_clips": RenderedClips,
     "sintel": Sintel,

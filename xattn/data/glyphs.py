@@ -104,7 +104,7 @@ class GlyphFS:
         if seed < 0:
             raise config.UsageError(f"GlyphFS needs a seed of at least 0, but got {seed}.")
         self.split = split
-        self._images, families = _load_or_render(
+        self._images, families = load_or_render(
             code_points(split), jitter, seed, Path(cache_dir or config.cache_dir()) / "glyphs", split
         )
         self.class_names = [f"U+{code:04X}" for code in code_points(split)]
@@ -128,7 +128,7 @@ class GlyphFS:
         return np.asarray(self._images[indices])
 
 
-def _load_or_render(
+def load_or_render(
     codes: tuple[int, ...], jitter: str, seed: int, cache: Path, split: str
 ) -> tuple[np.ndarray, list[list[str]]]:
     """The images [n, 32, 32, 1] and, for every class, the families of its faces in order."""

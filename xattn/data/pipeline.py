@@ -4,12 +4,13 @@ Batch k holds the episodes, or the examples, at the positions k B .. (k + 1) B -
 hosts: the position is the step, so a run resumes by naming the step, and nothing of the pipeline is saved.
 
 Position p of a stream of examples lies in epoch e = p // n of a source with n examples. It holds example
-order_e[p mod n], where order_e is a permutation drawn from `default_rng([seed, e])`; what is random about the
-example (its crop, which of its words are masked) comes from `SeedSequence([seed, p])`.
+order_e[(p mod n) // r], where order_e is a permutation drawn from `default_rng([seed, e])` and r says how often an
+example is repeated (once, if not told otherwise); what is random about the example (its crop, which of its words are
+masked) comes from `SeedSequence([seed, p])`.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -19,14 +20,17 @@ import numpy as np
 from xattn.config import UsageError, check_keys, lookup
 from xattn.data.episodes import EpisodeSampler, ImageSource
 from xattn.data.mask_words import mask_words
-from xattn.data.mixing import mixup_cutmix
+from xattn.data.mixing import mixup_cutmix, mixup_or_cutmix
+from xattn.data.random_erasing import random_erasing
 
 _FOREVER = 2**62  # grain counts batches with rounding up, which must stay below sys.maxsize
 
 # What can be done to a batch, in the order in which it is done. Each takes the batch and a seed for every row.
 TRANSFORMS = {
     "mask_words": mask_words,
+    "random_erasing": random_erasing,
     "mixup_cutmix": mixup_cutmix,
+    "mixup_or_cutmix": mixup_or_cutmix,
 }
 
 
@@ -116,6 +120,7 @@ def example_batches(
     seed: int,
     batch_size: int,
     transforms: Mapping[str, Mapping[str, Any]] = {},
+    repeats: int = 1,
     start_step: int = 0,
     num_steps: int | None = None,
     process_index: int = 0,
@@ -129,6 +134,8 @@ def example_batches(
       seed: of the orders and of all that is random about the examples.
       batch_size: B, the examples of a step on all hosts together; batches run on over the end of an epoch.
       transforms: name in `TRANSFORMS` -> its keywords; applied in the table's order.
+      repeats: r, how often an example comes in a row, each time augmented anew (repeated augmentation, arXiv
+        1902.05509). An epoch keeps its n positions, so it shows ceil(n / r) of the examples.
       start_step, num_steps: the first step and how many follow (without end by default).
       process_index, process_count: host p of n takes every n-th example, starting with its p-th.
       num_threads: threads that read batches ahead; 0 reads in the caller's thread.
@@ -137,12 +144,14 @@ def example_batches(
       dicts of the source's fields and those of the transforms, stacked: [B/n, ...].
 
     Raises:
-      UsageError: the batch does not divide over the hosts, the seed is negative, or a transform or its
-        keyword does not exist or does not fit the source's fields.
+      UsageError: the batch does not divide over the hosts, the seed is negative, there are fewer than 1 repeats, or a
+        transform or its keyword does not exist or does not fit the source's fields.
     """
     _check_hosts(batch_size, process_count, "examples")
     if seed < 0:
         raise UsageError(f"A stream of examples needs a seed of at least 0, but got {seed}.")
+    if repeats < 1:
+        raise UsageError(f"A stream of examples needs repeats of at least 1, but got {repeats}.")
     transform = _transform(transforms)
 
     # Two, because the threads that read ahead pass from one epoch to the next at different moments.
@@ -150,14 +159,17 @@ def example_batches(
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng([seed, epoch]).permutation(source.num_examples)
 
+    def index(position: int) -> int:
+        epoch, place = divmod(position, source.num_examples)
+        return int(order(epoch)[place // repeats])
+
     def load(step: int) -> dict[str, np.ndarray]:
         positions = range(step * batch_size + process_index, (step + 1) * batch_size, process_count)
         seeds = np.stack([_seeds(seed, position) for position in positions])
-        examples = [
-            source.example(int(order(position // source.num_examples)[position % source.num_examples]), int(own))
-            for position, own in zip(positions, seeds[:, 0], strict=True)
-        ]
-        return transform(_stack(examples), seeds[:, 1])
+        examples = (
+            source.example(index(position), int(own)) for position, own in zip(positions, seeds[:, 0], strict=True)
+        )
+        return transform(_stack(examples, len(seeds)), seeds[:, 1])
 
     stop = _FOREVER if num_steps is None else start_step + num_steps
     return _read(grain.MapDataset.range(start_step, stop).map(load), num_threads)
@@ -201,7 +213,7 @@ def eval_batches(
         indices = np.minimum(rows, total - 1) * source.num_examples // total
         seeds = np.stack([_seeds(seed, int(index))[1] for index in indices])
         examples = {index: source.example(int(index), None) for index in np.unique(indices)}
-        return transform(_stack([examples[index] for index in indices]), seeds) | {"present": rows < total}
+        return transform(_stack((examples[index] for index in indices), batch_size), seeds) | {"present": rows < total}
 
     return _read(grain.MapDataset.range(-(-total // batch_size)).map(load), num_threads)
 
@@ -240,8 +252,14 @@ def _seeds(seed: int, position: int) -> np.ndarray:
     return np.random.SeedSequence([seed, position]).generate_state(2)
 
 
-def _stack(examples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+def _stack(examples: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+    """The examples as rows of a batch. Each is copied as it comes, so that its memory can serve the next one."""
+    batch: dict[str, np.ndarray] = {}
+    for row, example in enumerate(examples):
+        batch = batch or {name: np.empty((count, *field.shape), field.dtype) for name, field in example.items()}
+        for name, field in example.items():
+            batch[name][row] = field
+    return batch
 
 
 def _read(dataset: grain.MapDataset, num_threads: int) -> Iterator[dict[str, np.ndarray]]:

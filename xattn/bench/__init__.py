@@ -1,0 +1,1 @@
+"""Benchmarks: ratios to a named peer, measured by turns in one run."""
