@@ -52,6 +52,7 @@ colabs: install
 parity-env:
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/pip install --quiet --requirement requirements/parity.txt
+	.venv-parity/bin/pip install --quiet --no-deps --requirement requirements/parity-no-deps.txt
 	.venv-parity/bin/pip install --quiet --constraint $(PINS) --editable '.[dev]'
 
 parity: parity-env

@@ -1,5 +1,6 @@
 """Folders of published weights to workdirs: what load gives, what the config says, what is refused."""
 
+import functools
 import json
 import shutil
 
@@ -9,20 +10,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import xattn
 from tests.interop import test_deepmind_perceiver as haiku
 from tests.interop.test_hf_perceiver import ATOL, CONV, FLOW, FOURIER, LEARNED, MASKED_LM, MULTIMODAL, SEQUENCE, given
 from tests.interop.test_hf_perceiver import golden as held
 from tests.interop.test_qsformer import cheap
+from tests.interop.timm_weights import crossvit_shapes, noise, vit_shapes
 from xattn.checkpoints import read_config
 from xattn.cli import main
-from xattn.config import UsageError
+from xattn.config import UsageError, load_config
 from xattn.interop import convert as module
 from xattn.interop import deepmind_perceiver, from_torch
 from xattn.interop.convert import convert
 from xattn.interop.perceiver import merge
+from xattn.models import MODELS
+from xattn.models.crossvit import VARIANTS, CrossViT
+from xattn.models.vit import VARIANTS as VIT_VARIANTS
+from xattn.models.vit import VisionTransformer
 
 PROCESSOR = dict(size=16, crop_size=48, resample=3, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
 
@@ -131,6 +137,117 @@ def test_qsformer_loses_what_it_does_not_use(tmp_path):
     model, variables, config = xattn.load(tmp_path / "to")
     assert (model.num_blocks, model.encoder.attn_axis, config.data.name) == (1, "batch", "class_folders")
     assert set(variables) == {"params", "batch_stats"}
+
+
+# What the hub says of a model of timm's, as far as it is read, and a few keys that are not.
+TIMM = dict(
+    architecture="crossvit_tiny_240",
+    num_classes=3,
+    global_pool="token",
+    pretrained_cfg=dict(
+        tag="in1k",
+        input_size=[3, 48, 48],
+        interpolation="bicubic",
+        crop_pct=0.8,
+        crop_mode="center",
+        mean=[0.1, 0.2, 0.3],
+        std=[0.4, 0.5, 0.6],
+        first_conv=["patch_embed.0.proj", "patch_embed.1.proj"],
+    ),
+)
+
+
+@pytest.fixture
+def of_timm(tmp_path, monkeypatch):
+    """Makes a folder as the hub holds it, of a narrow CrossViT-Ti or a ViT of two blocks, for images of 48 x 48."""
+    crossvit = VARIANTS["tiny_240"] | dict(features=(8, 12), num_heads=(2, 2), depths=(1, 1))
+    vit = VIT_VARIANTS["vit_tiny_patch16_224"] | dict(features=8, num_heads=2, depth=2)
+    monkeypatch.setitem(VARIANTS, "tiny_240", crossvit)
+    monkeypatch.setitem(VIT_VARIANTS, "vit_tiny_patch16_224", vit)
+    monkeypatch.setitem(MODELS, "crossvit_tiny_240", functools.partial(CrossViT, **crossvit))
+    monkeypatch.setitem(MODELS, "vit_tiny_patch16_224", functools.partial(VisionTransformer, **vit))
+
+    def make(**changes):
+        config = TIMM | changes | {"pretrained_cfg": TIMM["pretrained_cfg"] | changes.get("pretrained_cfg", {})}
+        shapes = crossvit_shapes((8, 12), 1, 4, False, (48, 32), 3)
+        if config["architecture"].startswith("vit"):
+            shapes = vit_shapes(8, 2, 4, False, 48, 3)
+        folder = tmp_path / "from"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(noise(shapes), folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kind, architecture, config_name",
+    [
+        ("timm_crossvit", "crossvit_tiny_240", "crossvit/imagenet:tiny_240"),
+        ("timm_vit", "vit_tiny_patch16_224", "vit/imagenet:vit_tiny_patch16_224"),
+    ],
+)
+def test_folder_of_timm(kind, architecture, config_name, of_timm, tmp_path):
+    source = of_timm(architecture=architecture)
+    assert convert(kind, source, tmp_path / "to", tmp_path).endswith(config_name)
+    model, variables, config = xattn.load(tmp_path / "to")
+    expected = from_torch(kind, architecture, load_file(source / "model.safetensors"), dtype="float32")
+    assert model == expected[0] and model.num_classes == 3
+    jax.tree.map(np.testing.assert_array_equal, variables, expected[1])
+    assert (config.task.mean, config.task.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (config.data.image_size, config.data.root) == (48, str(tmp_path))
+    assert (config.data.transform.name, config.data.transform.crop_fraction) == ("timm", 0.8)
+
+
+def test_what_a_folder_of_timm_leaves_out_is_that_of_the_config(of_timm, tmp_path):
+    """As where somebody wrote config.json for a file of IBM's, with a name of IBM's."""
+    source = of_timm()
+    (source / "config.json").write_text(json.dumps(dict(architecture="crossvit_tiny_224", global_pool="avg")))
+    convert("timm_crossvit", source, tmp_path / "to")
+    config, published = read_config(tmp_path / "to"), load_config("crossvit/imagenet:tiny_240")
+    assert config.task.to_dict() == published.task.to_dict()
+    assert config.data.to_dict() == published.data.to_dict() | dict(image_size=48)  # that of the weights
+    assert (config.model.num_classes, config.model.image_sizes, config.model.pool) == (3, (48, 32), "mean")
+
+
+def test_command_line_evaluates_weights_of_timm(of_timm, tmp_path):
+    source, data = of_timm(), tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(3):
+            folder = data / split / f"class{label}"
+            folder.mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 256, (60, 52, 3), np.uint8)).save(folder / "0.png")
+    workdir = str(tmp_path / "to")
+    assert main(["convert", "timm_crossvit", str(source), workdir, f"--data={data}"]) == 0
+    assert main(["eval", f"--workdir={workdir}"]) == 0
+    result = json.loads((tmp_path / "to" / "evals" / "0" / "imagenet.json").read_text())
+    assert len(result["per_example"]) == 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(pretrained_cfg=dict(interpolation="bilinear")), "interpolation of .* is 'bilinear': only 'bicubic'"),
+        (dict(pretrained_cfg=dict(crop_mode="squash")), "crop_mode of .* is 'squash': only 'center'"),
+        (dict(pretrained_cfg=dict(input_size=[3, 48, 60])), r"input_size of .* is \[3, 48, 60\]: only \[3, 48, 48\]"),
+        (dict(global_pool="max"), "no global_pool 'max'"),
+        (dict(architecture="crossvit_tny_240"), "no CrossViT 'crossvit_tny_240': did you mean 'crossvit_tiny_240'"),
+        (dict(architecture="crossvit_9_240"), "do not fit the config"),
+    ],
+)
+def test_folders_of_timm_that_are_refused(changes, message, of_timm, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        convert("timm_crossvit", of_timm(**changes), tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_folder_of_timm_must_say_what_it_holds(of_timm, tmp_path):
+    source = of_timm()
+    (source / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="config.json has no 'architecture': add timm's name"):
+        convert("timm_crossvit", source, tmp_path / "to")
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):

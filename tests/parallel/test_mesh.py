@@ -1,5 +1,6 @@
 """Meshes over eight simulated devices, and what the logical names become on them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -200,6 +201,20 @@ TINY = {
         )
         for projection_norm in ("layer", "l2")
     ],
+    "crossvit": [
+        dict(
+            name="crossvit",
+            image_sizes=(24, 32),
+            patch_sizes=(12, 16),
+            features=(8, 8),
+            num_heads=(2, 2),
+            num_stages=1,
+            fusion=fusion,
+            stem=stem,
+        )
+        for fusion, stem in (("cross_attention", "linear"), ("all_attention", "conv"))
+    ],
+    "vit": [dict(name="vit", image_size=16, features=8, depth=1, num_heads=2)],
     "perceiver": [PERCEIVER | dict(name="perceiver", num_classes=3)],
     "perceiver_io": [
         PERCEIVER
@@ -216,7 +231,8 @@ TINY = {
 
 
 def test_every_name_that_a_model_uses_has_a_rule(monkeypatch):
-    assert set(TINY) == set(MODELS), "give each model a tiny config in this file"
+    published = {name for name, model in MODELS.items() if isinstance(model, functools.partial)}
+    assert set(TINY) == set(MODELS) - published, "give each model a tiny config in this file"
     known, used = {name for name, _ in RULES}, set()
     constrain = nn.with_logical_constraint
 

@@ -8,12 +8,14 @@ from flax import linen as nn
 
 from xattn import models
 from xattn.config import lookup
-from xattn.interop import deepmind_perceiver, hf_perceiver, qsformer
+from xattn.interop import deepmind_perceiver, hf_perceiver, qsformer, timm_crossvit, timm_vit
 
 KINDS = {
     "hf_perceiver": (hf_perceiver.from_torch, hf_perceiver.to_torch),
     "qsformer": (qsformer.from_torch, qsformer.to_torch),
     "qsformer-encoder": (qsformer.encoder_from_torch, qsformer.encoder_to_torch),
+    "timm_crossvit": (timm_crossvit.from_torch, timm_crossvit.to_torch),
+    "timm_vit": (timm_vit.from_torch, timm_vit.to_torch),
 }
 HAIKU_KINDS = {
     "deepmind_perceiver": (deepmind_perceiver.from_haiku, deepmind_perceiver.to_haiku),
@@ -26,14 +28,14 @@ UNUSED = {
 
 
 def from_torch(
-    kind: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray], **overrides: Any
+    kind: str, config: Mapping[str, Any] | str, state_dict: Mapping[str, np.ndarray], **overrides: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Model and variables of published weights; the model reproduces the outputs of its source.
 
     Args:
       kind: a name in `KINDS`.
       config: the source's own config as a plain dict (for "qsformer", the official command-line arguments; for
-        "hf_perceiver", the contents of config.json).
+        "hf_perceiver", the contents of config.json), or timm's name of the model, such as "crossvit_9_240".
       state_dict: the source's names to numpy arrays.
       **overrides: constructor keywords of the model that should differ from the source, such as attn_axis="tokens".
 
@@ -43,7 +45,7 @@ def from_torch(
     return lookup(KINDS, kind, "kind of weights")[0](config, state_dict, **overrides)
 
 
-def to_torch(kind: str, config: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_torch(kind: str, config: Mapping[str, Any] | str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The source's state dict for `variables`: the inverse of `from_torch`, bit by bit.
 
     What no forward pass reads comes back too, except that "hf_perceiver" sets BatchNorm's counters to zero.

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 
 from xattn.checkpoints import Checkpoints, open_workdir
 from xattn.config import Config, UsageError, config_hash, load_config, lookup
-from xattn.interop import deepmind_perceiver, hf_perceiver, qsformer
+from xattn.interop import deepmind_perceiver, hf_perceiver, qsformer, timm_crossvit, timm_vit
 
 
 class Source(NamedTuple):
@@ -145,7 +146,45 @@ def _qsformer(folder: Path) -> Source:
     return Source(f"qsformer/{config['dataset']}", qsformer.model_config(config), variables, {})
 
 
-READERS = {"deepmind_perceiver": _deepmind_perceiver, "hf_perceiver": _hf_perceiver, "qsformer": _qsformer}
+def _timm_crossvit(folder: Path) -> Source:
+    return _timm(folder, timm_crossvit, "crossvit/imagenet")
+
+
+def _timm_vit(folder: Path) -> Source:
+    return _timm(folder, timm_vit, "vit/imagenet")
+
+
+def _timm(folder: Path, kind: ModuleType, config_name: str) -> Source:
+    config = _json(folder / "config.json")
+    if "architecture" not in config:
+        raise UsageError(f"{folder / 'config.json'} has no 'architecture': add timm's name of the model.")
+    name, state_dict = config["architecture"], _safetensors(folder / "model.safetensors")
+    pool = lookup({"token": "token", "avg": "mean"}, config.get("global_pool", "token"), "global_pool")
+    _, variables = kind.from_torch(name, state_dict, pool=pool)
+    model = kind.model_config(name, state_dict, pool=pool)
+    size = model["image_size"] if kind is timm_vit else model["image_sizes"][0]
+    changes = _timm_processing(config.get("pretrained_cfg", {}), size)
+    return Source(f"{config_name}:{kind.variant(name)}", model, variables, changes)
+
+
+def _timm_processing(processing: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """What timm does to the images of evaluation, as far as a `pretrained_cfg` says it."""
+    for key, ours in dict(interpolation="bicubic", crop_mode="center", input_size=[3, size, size]).items():
+        if (theirs := processing.get(key, ours)) != ours:
+            raise UsageError(f"pretrained_cfg {key} of config.json is {theirs!r}: only {ours!r} is supported.")
+    data: dict[str, Any] = dict(image_size=size)
+    if "crop_pct" in processing:
+        data["transform"] = dict(crop_fraction=float(processing["crop_pct"]))
+    return dict(data=data, task={key: tuple(processing[key]) for key in ("mean", "std") if key in processing})
+
+
+READERS = {
+    "deepmind_perceiver": _deepmind_perceiver,
+    "hf_perceiver": _hf_perceiver,
+    "qsformer": _qsformer,
+    "timm_crossvit": _timm_crossvit,
+    "timm_vit": _timm_vit,
+}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen as nn
 
 from xattn.config import lookup
-from xattn.interop.perceiver import Rules, merge, table
-from xattn.interop.tensors import Tensor, read, write
+from xattn.interop.perceiver import merge, table
+from xattn.interop.tensors import Rules, Tensor, read, write
 from xattn.models import build
 from xattn.models.perceiver_io import VARIANTS
 

@@ -14,8 +14,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from xattn.config import UsageError, lookup
-from xattn.interop.perceiver import Rules, merge, rename, table
-from xattn.interop.tensors import read, write
+from xattn.interop.perceiver import merge, table
+from xattn.interop.tensors import Rules, read, rename, write
 from xattn.models import build
 from xattn.models.perceiver_io import VARIANTS
 

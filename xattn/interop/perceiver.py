@@ -1,20 +1,13 @@
 """What the two sources of Perceiver IO weights share: a table of tensors from the leaves of a model and their names."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
-from flax.traverse_util import flatten_dict
 
-from xattn.config import UsageError
-from xattn.interop.tensors import Tensor, of_leaf
+from xattn.interop.tensors import Rules, Tensor, of_model
 from xattn.models import build
-
-# Regular expressions and what takes the place of what they find, applied one after the other to the path of a leaf.
-Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 
 
 def merge(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,24 +19,9 @@ def merge(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def rename(path: str, rules: Rules) -> str:
-    """The source's name of the leaf at `path`, without its collection."""
-    for pattern, name in rules:
-        path = re.sub(pattern, name, path)
-    return path
-
-
 def table(config: Mapping[str, Any], rules: Rules, torch: bool) -> dict[str, Tensor]:
     """The tensors of a model's config by the source's names; `torch` as of `of_leaf`."""
-    try:
-        shapes = jax.eval_shape(build(config).init, jax.random.key(0), **_inputs(config))
-    except ValueError as error:  # what ops and libraries say of arguments that don't fit
-        raise UsageError(f"the config gives no model: {str(error).splitlines()[0]}") from error
-    leaves: Any = flatten_dict(meta.unbox(shapes), sep="/")
-    tensors = {}
-    for path, leaf in leaves.items():
-        tensors[rename(path.partition("/")[2], rules)] = of_leaf(path, leaf.shape, torch)
-    return tensors
+    return of_model(build(config), rules, torch, **_inputs(config))
 
 
 def _inputs(config: Mapping[str, Any]) -> dict[str, Any]:

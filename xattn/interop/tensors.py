@@ -4,11 +4,14 @@ A table maps a source's name to a `Tensor`. `read` takes every name exactly once
 inverse; both say what does not fit by name.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -26,6 +29,9 @@ class Tensor(NamedTuple):
 
 # Tensors that no forward pass reads: name to (shape, initial value).
 Unused = Mapping[str, tuple[tuple[int, ...], np.generic]]
+
+# Regular expressions and what takes the place of what they find, applied one after the other to the path of a leaf.
+Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 
 
 def vector(size: int, path: str) -> Tensor:
@@ -86,6 +92,44 @@ def of_leaf(path: str, shape: tuple[int, ...], torch: bool) -> Tensor:
         lambda x: (x.transpose(back).reshape(shape),),
         lambda x: x.reshape(flat).transpose(there),
     )
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor that holds tensors of one shape one after another along its first axis, as packed q, k and v."""
+    rows, *rest = parts[0].shape
+    return Tensor(
+        (len(parts) * rows, *rest),
+        tuple(path for part in parts for path in part.paths),
+        lambda x: tuple(part.read(block)[0] for part, block in zip(parts, np.split(x, len(parts)), strict=True)),
+        lambda *leaves: np.concatenate([part.write(leaf) for part, leaf in zip(parts, leaves, strict=True)]),
+    )
+
+
+def rename(path: str, rules: Rules) -> str:
+    """The source's name of the leaf at `path`, without its collection."""
+    for pattern, name in rules:
+        path = re.sub(pattern, name, path)
+    return path
+
+
+def of_model(model: nn.Module, rules: Rules, torch: bool, **inputs: Any) -> dict[str, Tensor]:
+    """The tensors of all leaves of a model by the source's names.
+
+    Args:
+      model: of which only the shapes are computed.
+      rules: how paths of leaves become the source's names.
+      torch: as of `of_leaf`.
+      **inputs: arrays, or their shapes, that the model takes.
+
+    Raises:
+      UsageError: the model does not take them.
+    """
+    try:
+        shapes = jax.eval_shape(model.init, jax.random.key(0), **inputs)
+    except ValueError as error:  # what ops and libraries say of arguments that don't fit
+        raise UsageError(f"the config gives no model: {str(error).splitlines()[0]}") from error
+    leaves: Any = flatten_dict(meta.unbox(shapes), sep="/")
+    return {rename(path.partition("/")[2], rules): of_leaf(path, leaf.shape, torch) for path, leaf in leaves.items()}
 
 
 def read(tensors: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], unused: Unused | None = None) -> dict:

@@ -1,5 +1,6 @@
 """Models by name."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,9 @@ from flax.core import FrozenDict
 
 from xattn.config import check_keys, lookup
 from xattn.layers.positions import FourierPositions, TrainablePositions
+from xattn.models import crossvit, vit
 from xattn.models.conv4 import Conv4
+from xattn.models.crossvit import CrossViT
 from xattn.models.perceiver_io import (
     EmbeddingDecoder,
     PerceiverDecoder,
@@ -32,16 +35,22 @@ from xattn.models.perceiver_processors import (
 from xattn.models.protonet import ProtoNet
 from xattn.models.qsformer import CIFE, QSFormer
 from xattn.models.resnet12 import ResNet12
+from xattn.models.vit import VisionTransformer
 
 MODELS = {
     "cife": CIFE,
     "conv4": Conv4,
+    "crossvit": CrossViT,
     "perceiver": perceiver,
     "perceiver_io": PerceiverIO,
     "protonet": ProtoNet,
     "qsformer": QSFormer,
     "resnet12": ResNet12,
+    "vit": VisionTransformer,
 }
+# The published sizes are models too, with keywords that a config may override.
+MODELS |= {f"crossvit_{name}": functools.partial(CrossViT, **sizes) for name, sizes in crossvit.VARIANTS.items()}
+MODELS |= {name: functools.partial(VisionTransformer, **sizes) for name, sizes in vit.VARIANTS.items()}
 
 PARTS = {
     "audio_postprocessor": AudioPostprocessor,
