@@ -1,5 +1,6 @@
 """Top-1 and top-5 accuracy of a model whose logits are the pixels."""
 
+import jax
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -8,6 +9,7 @@ from tests.evals.toys import config, toy
 from xattn import data, evals
 from xattn.config import UsageError
 from xattn.evals.fewshot import half_width
+from xattn.parallel.mesh import make_mesh, use_mesh
 
 
 class Pixels(nn.Module):
@@ -55,6 +57,20 @@ def test_a_model_with_too_few_outputs_is_refused():
 
 def test_examples_in_a_call_do_not_change_the_result():
     assert run(batch_size=2) == run(batch_size=5) == run(batch_size=64)
+
+
+def test_replicas_share_the_examples_and_count_each_once():
+    """Five examples on eight devices: the batch is filled up, and what fills it is not counted."""
+    seen = []
+
+    class Watched(Pixels):
+        def __call__(self, images, *, train=False):
+            jax.debug.inspect_array_sharding(images, callback=lambda sharding: seen.append(sharding.num_devices))
+            return super().__call__(images)
+
+    with use_mesh(make_mesh()):
+        assert run(Watched()) == run()
+    assert seen == [8]
 
 
 def test_results_on_fewer_examples_are_another_set():

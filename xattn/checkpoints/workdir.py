@@ -66,6 +66,11 @@ def _foreign(workdir: Path) -> bool:
     return any(not entry.name.startswith(".config.json.") for entry in workdir.iterdir())
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run would continue here: a save that was interrupted has another name than its step's number."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
 def read_config(workdir: Path) -> Config:
     """The resolved config of a run; `UsageError` if the folder holds none."""
     path = Path(workdir) / "config.json"

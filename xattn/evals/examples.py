@@ -4,15 +4,17 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
 from xattn import data
 from xattn.config import Config, UsageError, from_json, to_json
+from xattn.parallel.mesh import num_replicas, shard_batch
 
 
 def score_examples(
-    score: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
+    score: Callable[[dict[str, Any]], Mapping[str, Any]],
     source: Any,
     batch_size: int,
     num_examples: int | None = None,
@@ -21,15 +23,21 @@ def score_examples(
 ) -> dict[str, Shaped[np.ndarray, "E"]]:
     """The values that `score` gives examples of a source that are spread evenly over it.
 
+    Under a mesh (`xattn.parallel.mesh.use_mesh`) its replicas share the rows of a batch, which grows until they can;
+    rows that only fill up are left out of the result.
+
     Args:
       score: a batch of B examples to values [B] by name.
       source, batch_size, num_examples, transforms, seed: see `xattn.data.eval_batches`.
     """
     rows: dict[str, list[np.ndarray]] = {}
+    mesh = jax.sharding.get_mesh()
+    replicas = num_replicas(mesh)
+    batch_size = -(-batch_size // replicas) * replicas
     batches = data.eval_batches(source, batch_size, transforms=transforms or {}, seed=seed, num_examples=num_examples)
     for batch in batches:
         present = batch.pop("present")
-        for name, values in score(batch).items():
+        for name, values in score(shard_batch(batch, mesh) if replicas > 1 else batch).items():
             rows.setdefault(name, []).append(np.asarray(values)[present])
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 

@@ -23,6 +23,7 @@ from xattn.evals.flow_picture import draw_flow
 from xattn.evals.masked_language import check_masked_language, describe_masked_language, masked_language
 from xattn.evals.optical_flow import check_optical_flow, describe_optical_flow, optical_flow
 from xattn.models import build
+from xattn.parallel.mesh import evaluation_mesh, replicate, use_mesh
 
 
 class Protocol(NamedTuple):
@@ -95,6 +96,8 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
         return {}
     found, variables = load_variables(workdir, step)
     model = build(config.model.to_dict(), dtype=config.dtype)
+    mesh = evaluation_mesh(**config.mesh)
+    variables = replicate(variables, mesh)
     results, kept = {}, []
     for name, spec in specs.items():
         path = workdir / "evals" / str(found) / f"{name}.json"
@@ -102,7 +105,9 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
             results[name] = old
             kept.append(spec)
             continue
-        text = json.dumps({"spec": spec, "step": found, **run(spec, model, variables, config)})
+        with use_mesh(mesh):
+            result = run(spec, model, variables, config)
+        text = json.dumps({"spec": spec, "step": found, **result})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
         results[name] = json.loads(text)

@@ -76,6 +76,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
 
 
+def evaluation_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh of replicas only, on as many devices as the mesh of a run has, or as there are if they are fewer."""
+    sizes = (data, fsdp, tensor, sequence)
+    available = len(jax.devices())
+    return make_mesh(data=available if -1 in sizes else min(available, math.prod(sizes)))
+
+
+def num_replicas(mesh: Mesh) -> int:
+    """How many parts of a batch the mesh works on at once; 1 for the empty mesh."""
+    return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Makes `mesh` and the logical rules current: sharding constraints in modules refer to both."""
@@ -143,13 +155,18 @@ def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
             f"config.pipeline.batch_size is {batch_size} and config.accumulate_steps is {accumulate_steps}: "
             "both must be positive."
         )
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    replicas = num_replicas(mesh)
     if batch_size % (accumulate_steps * replicas):
         raise UsageError(
             f"config.pipeline.batch_size is {batch_size}, which does not split into {accumulate_steps} "
             f"microbatch(es) over {replicas} replicas (mesh data x fsdp): make it a multiple of "
             f"{accumulate_steps * replicas}."
         )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a tree, whole on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

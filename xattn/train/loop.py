@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from xattn import data, evals, models, tasks
-from xattn.checkpoints import Checkpoints, open_workdir
+from xattn.checkpoints import Checkpoints, has_checkpoint, open_workdir
 from xattn.config import Config, UsageError, config_hash
-from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, shard_batch, use_mesh
+from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, shard_batch, use_mesh
 from xattn.train.optim import make_optimizer
+from xattn.train.pretrained import load_pretrained, start_from
 from xattn.train.reporting import Reporter
 from xattn.train.state import abstract_state
 from xattn.train.step import make_train_step
@@ -59,7 +60,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         model, task, optimizer, schedule, config.seed, config.accumulate_steps, config.ema_decay
     )
 
-    # State: planned, and the step traced, without memory; then restored into its shardings, or created in them.
+    # State: planned, and the step traced, without memory; then restored into its shardings, or created in them,
+    # perhaps from the weights of another run.
     with use_mesh(mesh):
         shapes = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
         with _misfits_named():
@@ -70,11 +72,16 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, shapes)
         for where, spec in _evaluations(config).items():
             evals.check(spec, model, config, where)
+        pretrained = None
+        if config.get("pretrained") and not has_checkpoint(workdir):
+            pretrained = load_pretrained(Path(config.pretrained), abstract)
         open_workdir(workdir, config)
         metric = config.validation.metric if config.validation else None
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
         restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
         state = create() if restored is None else replace(abstract, **restored[1], **restored[2])
+        if pretrained:
+            state = start_from(pretrained, state)
         start = int(state.step)
         if start > config.num_steps:
             raise UsageError(
@@ -141,7 +148,7 @@ def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
     where = f"continues at step {start}" if start else "starts"
     batch = config.pipeline.batch_size
-    per_replica = batch // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate_steps)
+    per_replica = batch // (num_replicas(mesh) * config.accumulate_steps)
     return (
         f"{config.model.name}: {count:,} parameters, {shape}, batch {batch} ({per_replica} a replica and "
         f"microbatch), {config.num_steps} steps; {where} in {workdir}"
