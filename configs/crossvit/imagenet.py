@@ -7,7 +7,7 @@ from a run of 240 that --config.pretrained=WORKDIR names; their learning rate, w
 
 Deviations: the released code sets the learning rate once an epoch, from 1e-6, and its cosine counts the warm-up; ours
 changes with every step, from 0, and ends at the same 1e-5. That code warms up for 5 epochs and repeats the crops for
-all models, where the paper says otherwise.
+all models, where the paper says otherwise. It draws how images are mixed for each GPU's batch, ours for each host's.
 """
 
 from typing import Any
@@ -47,10 +47,12 @@ def get_config(arg: str = "") -> ConfigDict:
                 crop_fraction=1.0 if fine_tuning else 0.875,
             ),
             decoder="pillow",
+            skip_damaged=False,
         ),
         pipeline=dict(
             name="examples",
             batch_size=batch_size,
+            num_threads=8,
             repeats=3 if variant.startswith("18") else 1,
             transforms=dict(
                 random_erasing=dict(probability=0.25, mean=MEAN, std=STD),

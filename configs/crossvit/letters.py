@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
         checkpoint=dict(every=1000, keep=1),
         preempt_exit_code=0,
         validation=dict(name="classification", split="val", num_examples=1000, every=1000, metric=None),
-        evals=dict(letters=dict(name="classification", split="test")),
+        evals=dict(letters=dict(name="classification", split="test", num_examples=None)),
     )
     if arg == "smoke":
         config["model"] |= dict(features=(8, 16), num_heads=(2, 2), depths=(1, 1), num_stages=1)

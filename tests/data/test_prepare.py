@@ -1,7 +1,9 @@
 """Packing class folders: what is written, and what happens when it is interrupted, repeated, or finds other things."""
 
+import fcntl
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -166,6 +168,15 @@ def test_other_mistakes_are_named(source, out, tmp_path):
     with pytest.raises(UsageError, match=r"has no split 'train': expected .*/train/<class>/\*.JPEG"):
         write_image_records(tmp_path, out)
     assert not out.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file' can't be written .*give another folder"):
+        write_image_records(source, tmp_path / "file")
+    out.mkdir(parents=True)
+    folder = os.open(out, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="another `xattn data prepare images` is writing"):
+        write_image_records(source, out)
+    os.close(folder)
     with pytest.raises(UsageError, match="'.*images' holds files that `xattn data prepare images` did not write: give"):
         write_image_records(source, source)
     (tmp_path / "full").mkdir()

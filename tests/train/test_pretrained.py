@@ -36,9 +36,10 @@ def base(tmp_path_factory):
 
 @pytest.mark.slow
 def test_weights_are_taken_over_and_positions_and_heads_fitted(base, tmp_path):
-    """With a rate of zero, what a step leaves is what it began with."""
+    """With a rate of zero, what a step leaves is what it began with; on eight devices."""
     config = small(pretrained=str(base), model__num_classes=120, model__image_sizes=(48, 32))
-    config.update(ema_decay=0.9, seed=2)
+    config.update(ema_decay=0.9, seed=2, mesh=dict(data=4, fsdp=2))
+    config.pipeline.batch_size = 8
     config.optimizer.learning_rate = 0.0
     train(config, tmp_path / "run")
     old, new = params(base), params(tmp_path / "run")

@@ -10,6 +10,7 @@ masked) comes from `SeedSequence([seed, p])`.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -181,7 +182,7 @@ def eval_batches(
     transforms: Mapping[str, Mapping[str, Any]] = {},
     seed: int = 0,
     num_examples: int | None = None,
-    num_threads: int = 2,
+    num_threads: int = min(16, os.cpu_count() or 2),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates once over examples of a source, in order and with the evaluation transform.
 
@@ -257,13 +258,16 @@ def _stack(examples: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, n
     batch: dict[str, np.ndarray] = {}
     for row, example in enumerate(examples):
         batch = batch or {name: np.empty((count, *field.shape), field.dtype) for name, field in example.items()}
-        for name, field in example.items():
-            batch[name][row] = field
+        for name, rows in batch.items():
+            if rows.shape[1:] != example[name].shape:  # an axis of length 1 would be spread out
+                raise ValueError(f"example {row} of a batch has {name} {example[name].shape}, not {rows.shape[1:]}")
+            rows[row] = example[name]
     return batch
 
 
 def _read(dataset: grain.MapDataset, num_threads: int) -> Iterator[dict[str, np.ndarray]]:
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    # A thread makes a whole batch, and the buffer holds those that are being made: large ones fill the memory.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
     return iter(dataset.to_iter_dataset(options))
 
 

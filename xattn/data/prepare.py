@@ -14,6 +14,7 @@ every record is read back and compared with what was written; classes.txt comes 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -56,18 +57,31 @@ def write_image_records(
     array_record()
     root, out = check_root(source), Path(out)
     classes, splits = _splits(root)
-    manifest = _begin(
-        out,
-        {
-            "format": _FORMAT,
-            "num_shards": num_shards,
-            "images": {split: len(examples) for split, examples in splits.items()},
-            "source_sha256": _fingerprint(root, splits),
-            "classes": classes,
-            "shards": {},
-        },
-    )
-    shards = _shards(splits, num_shards)
+    planned = {
+        "format": _FORMAT,
+        "num_shards": num_shards,
+        "images": {split: len(examples) for split, examples in splits.items()},
+        "source_sha256": _fingerprint(root, splits),
+        "classes": classes,
+        "shards": {},
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            return _complete(out, planned, splits, num_threads)
+        finally:
+            os.close(folder)
+    except BlockingIOError as error:
+        raise UsageError(f"another `xattn data prepare images` is writing '{out}': let it finish.") from error
+    except OSError as error:
+        raise UsageError(f"'{out}' can't be written ({error}): make room, or give another folder.") from error
+
+
+def _complete(out: Path, planned: dict[str, Any], splits: dict[str, _Examples], num_threads: int) -> str:
+    manifest = _begin(out, planned)
+    shards = _shards(splits, planned["num_shards"])
     missing = [name for name in shards if name not in manifest["shards"] or not (out / name).is_file()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -80,12 +94,12 @@ def write_image_records(
         task = progress.add_task("write", total=sum(len(shards[name]) for name in missing), visible=bool(missing))
         for name in missing:
             manifest["shards"][name] = _write(out / name, counted(_files(shards[name], num_threads), task))
-            _save(out / "manifest.json", manifest)
+            _save(out / "manifest.json", json.dumps(manifest, indent=1))
             progress.console.print(f"{name}: {len(shards[name])} images", highlight=False, soft_wrap=True)
         task = progress.add_task("check", total=sum(map(len, shards.values())))
         for name in shards:
             _check(out / name, manifest["shards"][name], counted(_records(out / name, num_threads), task))
-    (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes), "utf-8")
+    _save(out / "classes.txt", "".join(f"{name}\n" for name in planned["classes"]))
     counts = " and ".join(f"{len(examples)} images of {split}" for split, examples in splits.items())
     before = f"{len(missing)} of them missing before, " if missing else "all there before, "
     before = before if len(missing) < len(shards) else ""
@@ -127,13 +141,12 @@ def _shards(splits: dict[str, _Examples], num_shards: int) -> dict[str, _Example
 def _begin(out: Path, planned: dict[str, Any]) -> dict[str, Any]:
     """The manifest in `out`, which is `planned` but for its finished shards; written there if the folder is empty."""
     path = out / "manifest.json"
-    out.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         if any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise UsageError(
                 f"'{out}' holds files that `xattn data prepare images` did not write: give an empty folder."
             )
-        _save(path, planned)
+        _save(path, json.dumps(planned, indent=1))
         return planned
     try:
         manifest = json.loads(path.read_text("utf-8"))
@@ -155,9 +168,9 @@ def _begin(out: Path, planned: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _save(path: Path, manifest: dict[str, Any]) -> None:
+def _save(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    partial.write_text(text, "utf-8")
     partial.replace(path)
 
 

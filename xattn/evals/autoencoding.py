@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from xattn import data, tasks
 from xattn.config import Config, UsageError
-from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
+from xattn.evals.examples import check_examples, examples_id, on_replicas, open_split, score_examples
 from xattn.evals.fewshot import half_width
 
 
@@ -150,7 +150,7 @@ def reconstruct(
     """
     video, audio = batch["video"], batch["audio"]
     sizes = {"image": video[0, ..., 0].size, "audio": audio.shape[1] // task.samples_per_patch}
-    latents = _encode(model, task, variables, batch)
+    latents = _encode(model, task, variables, on_replicas(batch))
     parts = [
         _decode(model, variables, latents, dict(zip(sizes, points, strict=True)) | {"label": None})
         for points in zip(*(np.array_split(np.arange(size), chunks) for size in sizes.values()), strict=True)

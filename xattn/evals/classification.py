@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
 from xattn import tasks
 from xattn.config import Config, UsageError
-from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
+from xattn.evals.examples import check_examples, examples_id, on_replicas, open_split, score_examples
 from xattn.evals.fewshot import half_width
 
 
@@ -44,7 +45,11 @@ def classification(
     check_classification(model, config, split, num_examples, batch_size)
     source = open_split(config, split)
     task = tasks.build(config.task.to_dict())
-    ranks = score_examples(functools.partial(_rank, model, task, variables), source, batch_size, num_examples)["rank"]
+
+    def score(batch: dict[str, np.ndarray]) -> dict[str, Array]:
+        return _rank(model, task, variables, on_replicas(batch))
+
+    ranks = score_examples(score, source, batch_size, num_examples)["rank"]
     right = (ranks == 0).astype(float)
     return {
         "metric": "accuracy",

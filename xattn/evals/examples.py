@@ -14,7 +14,7 @@ from xattn.parallel.mesh import num_replicas, shard_batch
 
 
 def score_examples(
-    score: Callable[[dict[str, Any]], Mapping[str, Any]],
+    score: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
     source: Any,
     batch_size: int,
     num_examples: int | None = None,
@@ -23,23 +23,33 @@ def score_examples(
 ) -> dict[str, Shaped[np.ndarray, "E"]]:
     """The values that `score` gives examples of a source that are spread evenly over it.
 
-    Under a mesh (`xattn.parallel.mesh.use_mesh`) its replicas share the rows of a batch, which grows until they can;
-    rows that only fill up are left out of the result.
+    A batch grows until the replicas of the current mesh divide it, so that `score` can share it among them
+    (`on_replicas`); rows that only fill up are left out of the result.
 
     Args:
       score: a batch of B examples to values [B] by name.
       source, batch_size, num_examples, transforms, seed: see `xattn.data.eval_batches`.
     """
     rows: dict[str, list[np.ndarray]] = {}
-    mesh = jax.sharding.get_mesh()
-    replicas = num_replicas(mesh)
+    replicas = num_replicas(jax.sharding.get_mesh())
     batch_size = -(-batch_size // replicas) * replicas
     batches = data.eval_batches(source, batch_size, transforms=transforms or {}, seed=seed, num_examples=num_examples)
     for batch in batches:
         present = batch.pop("present")
-        for name, values in score(shard_batch(batch, mesh) if replicas > 1 else batch).items():
+        for name, values in score(batch).items():
             rows.setdefault(name, []).append(np.asarray(values)[present])
     return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+
+def on_replicas(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    """The rows of a batch shared by the replicas of the current mesh, if they divide it.
+
+    Several processes that evaluate all compute the same: each has the whole batch.
+    """
+    mesh = jax.sharding.get_mesh()
+    replicas, rows = num_replicas(mesh), len(next(iter(batch.values())))
+    shared = replicas > 1 and rows % replicas == 0 and jax.process_count() == 1
+    return shard_batch(batch, mesh) if shared else batch
 
 
 def check_examples(config: Config, protocol: str, split: str, num_examples: int | None, batch_size: int) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from xattn import data, tasks
 from xattn.config import Config, UsageError, from_json, to_json
-from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
+from xattn.evals.examples import check_examples, examples_id, on_replicas, open_split, score_examples
 from xattn.evals.fewshot import half_width
 
 
@@ -53,7 +53,10 @@ def masked_language(
     transforms = config.pipeline.transforms.to_dict()
     task = tasks.build(config.task.to_dict())
     favourite = _favourite(to_json(config.data), to_json(config.pipeline.transforms), batch_size, seed)
-    score = functools.partial(_score, model, task, variables, favourite)
+
+    def score(batch: dict[str, np.ndarray]) -> dict[str, Array]:
+        return _score(model, task, variables, favourite, on_replicas(batch))
+
     rows = score_examples(score, source, batch_size, num_examples, transforms, seed)
     hidden = rows["hidden"]
     if not hidden.any():

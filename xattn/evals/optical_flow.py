@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from xattn import tasks
 from xattn.config import Config, UsageError
-from xattn.evals.examples import check_examples, examples_id, open_split, score_examples
+from xattn.evals.examples import check_examples, examples_id, on_replicas, open_split, score_examples
 from xattn.evals.fewshot import half_width
 from xattn.tasks.optical_flow import FLOW_SCALE
 
@@ -129,7 +129,8 @@ def predict_flow(
     for y in tile_starts(size[0], height, overlap):
         for x in tile_starts(size[1], width, overlap):
             rows, columns = slice(y, y + height), slice(x, x + width)
-            flow = _flow(model, task, variables, frames[:, :, rows, columns])
+            shown = on_replicas({"frames": frames[:, :, rows, columns]})["frames"]
+            flow = _flow(model, task, variables, shown)
             total[:, rows, columns] += weights * np.asarray(flow)
             weight[rows, columns] += weights
     return (total / weight).astype(np.float32)

@@ -318,6 +318,8 @@ class CrossViT(nn.Module):
             raise UsageError(f"CrossViT needs one entry a branch and two branches or more, but got {given}.")
         for size, patch in zip(self.image_sizes, self.patch_sizes, strict=True):
             check_patches(size, patch)
+        if min(self.depths) < 0 or not max(self.depths):
+            raise UsageError(f"depths {tuple(self.depths)} leave no block: give one branch at least one.")
         if self.fusion not in FUSIONS:
             raise UsageError(f"fusion '{self.fusion}' is none of {', '.join(FUSIONS)}.")
         if self.pool not in ("token", "mean"):

@@ -21,7 +21,7 @@ from xattn.checkpoints import Checkpoints, has_checkpoint, open_workdir
 from xattn.config import Config, UsageError, config_hash
 from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, shard_batch, use_mesh
 from xattn.train.optim import make_optimizer
-from xattn.train.pretrained import load_pretrained, start_from
+from xattn.train.pretrained import fit_pretrained, load_pretrained, start_from
 from xattn.train.reporting import Reporter
 from xattn.train.state import abstract_state
 from xattn.train.step import make_train_step
@@ -56,6 +56,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
+    given = None  # the weights of another run, if this one starts from them
+    if config.get("pretrained") and not has_checkpoint(workdir):
+        given = load_pretrained(Path(config.pretrained))
     train_step = make_train_step(
         model, task, optimizer, schedule, config.seed, config.accumulate_steps, config.ema_decay
     )
@@ -72,16 +75,15 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, shapes)
         for where, spec in _evaluations(config).items():
             evals.check(spec, model, config, where)
-        pretrained = None
-        if config.get("pretrained") and not has_checkpoint(workdir):
-            pretrained = load_pretrained(Path(config.pretrained), abstract)
+        if given:
+            given = fit_pretrained(given, abstract)
         open_workdir(workdir, config)
         metric = config.validation.metric if config.validation else None
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
         restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
         state = create() if restored is None else replace(abstract, **restored[1], **restored[2])
-        if pretrained:
-            state = start_from(pretrained, state)
+        if given:
+            state = start_from(given, state)
         start = int(state.step)
         if start > config.num_steps:
             raise UsageError(
