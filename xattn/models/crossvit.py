@@ -114,12 +114,12 @@ class Branch(nn.Module):
         for j in range(self.depth):
             x = Block(
                 self.num_heads,
-                self.mlp_ratio,
-                self.rates[j],
-                self.dropout_rate,
-                self.attention_dropout_rate,
-                self.attention,
-                self.dtype,
+                mlp_ratio=self.mlp_ratio,
+                drop_path_rate=self.rates[j],
+                dropout_rate=self.dropout_rate,
+                attention_dropout_rate=self.attention_dropout_rate,
+                attention=self.attention,
+                dtype=self.dtype,
                 name=f"block_{j}",
             )(x, deterministic=deterministic)
         return x
@@ -158,62 +158,73 @@ class Stage(nn.Module):
             for i, (x, depth, heads) in enumerate(zip(branches, self.depths, self.num_heads, strict=True))
         ]
 
-        def attend(name: str, branch: int, num_queries: int | None = None) -> Attend:
-            return Attend(self.num_heads[branch], num_queries, self.rates[-1], **common, name=name)
+        return FUSIONS[self.fusion](self, branches, deterministic)
 
-        return FUSIONS[self.fusion](branches, attend, self._maps, deterministic)
+    def attend(self, name: str, branch: int, num_queries: int | None = None) -> Attend:
+        """The attention `name`, with the heads of a branch."""
+        return Attend(
+            self.num_heads[branch],
+            num_queries=num_queries,
+            drop_path_rate=self.rates[-1],
+            dropout_rate=self.dropout_rate,
+            attention_dropout_rate=self.attention_dropout_rate,
+            attention=self.attention,
+            dtype=self.dtype,
+            name=name,
+        )
 
-    def _maps(self, kind: str, widths: list[int]) -> list[Map]:
+    def maps(self, kind: str, widths: list[int]) -> list[Map]:
         """The maps proj_i or revert_i of all branches to `widths`."""
         return [Map(width, self.dtype, name=f"{kind}_{i}") for i, width in enumerate(widths)]
 
 
-# A fusion takes the branches [B, 1 + N_i, C_i], makers of its parts in the stage that runs it, and `deterministic`.
+# A fusion takes the stage that runs it, which makes its parts, and the branches [B, 1 + N_i, C_i].
 
 
-def _none(branches: list, attend: Any, maps: Any, deterministic: bool) -> list:
-    del attend, maps, deterministic
+def _none(stage: Stage, branches: list, deterministic: bool) -> list:
+    del stage, deterministic
     return branches
 
 
-def _cross_attention(branches: list, attend: Any, maps: Any, deterministic: bool) -> list:
+def _cross_attention(stage: Stage, branches: list, deterministic: bool) -> list:
     count = len(branches)
     others = [(i + 1) % count for i in range(count)]
-    to_other = maps("proj", [branches[o].shape[-1] for o in others])
-    back = maps("revert", [x.shape[-1] for x in branches])
+    to_other = stage.maps("proj", [branches[o].shape[-1] for o in others])
+    back = stage.maps("revert", [x.shape[-1] for x in branches])
     fused = []
     for i, (x, o) in enumerate(zip(branches, others, strict=True)):
         tokens = jnp.concatenate([to_other[i](x[:, :1]), branches[o][:, 1:]], axis=1)
-        token = attend(f"fusion_{i}", o, num_queries=1)(tokens, deterministic=deterministic)
+        token = stage.attend(f"fusion_{i}", o, num_queries=1)(tokens, deterministic=deterministic)
         fused.append(jnp.concatenate([back[i](token), x[:, 1:]], axis=1))
     return fused
 
 
-def _all_attention(branches: list, attend: Any, maps: Any, deterministic: bool) -> list:
-    to_common, back = _common(branches, maps)
+def _all_attention(stage: Stage, branches: list, deterministic: bool) -> list:
+    to_common, back = _common(stage, branches)
     tokens = jnp.concatenate([f(x) for f, x in zip(to_common, branches, strict=True)], axis=1)
-    tokens = attend("fusion", -1)(tokens, deterministic=deterministic)
+    tokens = stage.attend("fusion", -1)(tokens, deterministic=deterministic)
     ends = [sum(x.shape[1] for x in branches[: i + 1]) for i in range(len(branches) - 1)]
     return [g(part) for g, part in zip(back, jnp.split(tokens, ends, axis=1), strict=True)]
 
 
-def _class_token(branches: list, attend: Any, maps: Any, deterministic: bool) -> list:
-    del attend, deterministic
-    to_common, back = _common(branches, maps)
+def _class_token(stage: Stage, branches: list, deterministic: bool) -> list:
+    del deterministic
+    to_common, back = _common(stage, branches)
     total = jnp.stack([f(x[:, :1]) for f, x in zip(to_common, branches, strict=True)]).sum(0)
     return [jnp.concatenate([g(total), x[:, 1:]], axis=1) for g, x in zip(back, branches, strict=True)]
 
 
-def _pairwise(branches: list, attend: Any, maps: Any, deterministic: bool) -> list:
-    del attend, deterministic
-    to_common, back = _common(branches, maps)
+def _pairwise(stage: Stage, branches: list, deterministic: bool) -> list:
+    del deterministic
+    to_common, back = _common(stage, branches)
     mapped = [f(x) for f, x in zip(to_common, branches, strict=True)]
     return [back[i](jnp.stack([resize_tokens(y, x.shape[1]) for y in mapped]).sum(0)) for i, x in enumerate(branches)]
 
 
-def _common(branches: list, maps: Any) -> tuple[list[Map], list[Map]]:
+def _common(stage: Stage, branches: list) -> tuple[list[Map], list[Map]]:
+    """The maps to the width of the last branch, and back."""
     widths = [x.shape[-1] for x in branches]
-    return maps("proj", [widths[-1]] * len(widths)), maps("revert", widths)
+    return stage.maps("proj", [widths[-1]] * len(widths)), stage.maps("revert", widths)
 
 
 FUSIONS = {
@@ -283,15 +294,15 @@ class CrossViT(nn.Module):
         rates = drop_path_rates(self.drop_path_rate, self.num_stages * depth)
         for k in range(self.num_stages):
             branches = Stage(
-                self.fusion,
-                self.depths,
-                self.num_heads,
-                self.mlp_ratio,
-                tuple(rates[k * depth : (k + 1) * depth]),
-                self.dropout_rate,
-                self.attention_dropout_rate,
-                self.attention,
-                self.dtype,
+                fusion=self.fusion,
+                depths=self.depths,
+                num_heads=self.num_heads,
+                mlp_ratio=self.mlp_ratio,
+                rates=tuple(rates[k * depth : (k + 1) * depth]),
+                dropout_rate=self.dropout_rate,
+                attention_dropout_rate=self.attention_dropout_rate,
+                attention=self.attention,
+                dtype=self.dtype,
                 name=f"stage_{k}",
             )(branches, deterministic=not train)
         normed = [layer_norm(f"norm_{i}", self.dtype)(x) for i, x in enumerate(branches)]

@@ -70,12 +70,12 @@ class VisionTransformer(nn.Module):
         for j, rate in enumerate(drop_path_rates(self.drop_path_rate, self.depth)):
             x = Block(
                 self.num_heads,
-                self.mlp_ratio,
-                rate,
-                self.dropout_rate,
-                self.attention_dropout_rate,
-                self.attention,
-                self.dtype,
+                mlp_ratio=self.mlp_ratio,
+                drop_path_rate=rate,
+                dropout_rate=self.dropout_rate,
+                attention_dropout_rate=self.attention_dropout_rate,
+                attention=self.attention,
+                dtype=self.dtype,
                 name=f"block_{j}",
             )(x, deterministic=not train)
         x = layer_norm("norm", self.dtype)(x)
