@@ -1,13 +1,18 @@
-"""DeepMind's Haiku weights: their names and layouts, there and back."""
+"""DeepMind's Haiku weights: their names and layouts, there and back, and the outputs of the released code."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.interop import deepmind
 from xattn import interop
 from xattn.config import UsageError
+from xattn.ops.patches import flow_patches
 
 # Small sizes of the encoder, of which the input's width comes from the preprocessor, and what else must be smaller.
 ENCODER = dict(num_latents=5, latent_features=16, num_blocks=2, num_self_attends_per_block=3, num_self_heads=4)
@@ -170,3 +175,49 @@ def test_errors_name_what_does_not_fit():
         UsageError, match=r"2 tensors: missing \S+self_attention_2/mlp.*surplus \S+self_attention_3/mlp"
     ):
         interop.from_haiku("deepmind_perceiver", "imagenet_fourier", given, **SMALL["imagenet_fourier"])
+
+
+@functools.cache
+def golden(name):
+    """The shapes of Haiku's arrays and the outputs by kind and modality (see make_deepmind_goldens.py)."""
+    with np.load(Path(__file__).parent / "goldens" / "deepmind_perceiver.npz") as file:
+        held = {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
+    shapes = {key: tuple(shape) for key, shape in json.loads(str(held.pop("shapes"))).items()}
+    return shapes, held
+
+
+@functools.cache
+def outputs(name):
+    """What our model gives for the goldens' weights and inputs, by modality."""
+    arrays = deepmind.fill(golden(name)[0])
+    model, variables = interop.from_haiku("deepmind_perceiver", name, arrays, **SMALL[name])
+    given = deepmind.inputs(name)
+    if name == "optical_flow":
+        given["inputs"] = flow_patches(jnp.asarray(given["inputs"]))
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(model.apply)(variables, **given)
+    return out if isinstance(out, dict) else {"": out}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_names_are_those_of_the_released_code(name):
+    assert haiku_shapes(name) == golden(name)[0]
+
+
+# Largest errors, relative to the largest output of a modality. With Fourier features computed in float64 only rounding
+# is left; as released, in float32, their own error grows with the highest band (15,360 half waves for audio). Another
+# GELU would give 3e-4 or more.
+EXACT = dict.fromkeys(SMALL, 5e-6)
+RELEASED = EXACT | dict(imagenet_fourier=2e-4, imagenet_conv=2e-5, optical_flow=3e-4, multimodal=5e-3)
+FOURIER = [name for name in SMALL if name not in ("language", "imagenet_learned")]
+
+
+@pytest.mark.parametrize("name, kind", [(name, "released") for name in SMALL] + [(name, "exact") for name in FOURIER])
+def test_outputs_are_those_of_the_released_code(name, kind):
+    prefix = f"{kind}/"
+    expected = {key.removeprefix(prefix): x for key, x in golden(name)[1].items() if key.startswith(prefix)}
+    got = outputs(name)
+    assert set(got) == set(expected)
+    for part, x in expected.items():
+        atol = np.abs(x).max() * (RELEASED if kind == "released" else EXACT)[name]
+        np.testing.assert_allclose(got[part].reshape(x.shape), x, rtol=0, atol=atol, err_msg=part)
