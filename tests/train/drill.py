@@ -95,5 +95,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        drill(arguments.runs, Path(temporary), arguments.seed)
+        drill(arguments.runs, Path(temporary), seed=arguments.seed)
     print(f"{arguments.runs} runs, all equal to the untouched one, bit for bit")
