@@ -19,7 +19,10 @@ class Shelf(LabelledImages):
 
     def __init__(self, *entries, **options):
         self.entries = entries
-        super().__init__("train", len(entries), 16, **options)
+        super().__init__("train", root=".", image_size=16, **options)
+
+    def _find(self, folder):
+        return len(self.entries)
 
     def _entry(self, index):
         return self.entries[index], index, f"entry {index}"

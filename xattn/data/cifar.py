@@ -10,16 +10,12 @@ the classes, a line each.
 There is no third part: train is all 50,000 training images, val and test both are the 10,000 test images.
 """
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xattn.config import UsageError
-from xattn.data.checks import check_root, check_split
 from xattn.data.labelled_images import LabelledImages
 
 _PIXELS = 3 * 32 * 32
@@ -46,19 +42,9 @@ class _Cifar(LabelledImages):
     names_file: str
     label_bytes: int  # of which the last is the label
 
-    def __init__(
-        self,
-        split: str,
-        root: str | os.PathLike = "",
-        image_size: int = 224,
-        transform: Mapping[str, Any] | None = None,
-        skip_damaged: bool = False,
-        decoder: str = "pillow",
-    ):
-        check_split(self.name, split)
-        folder = check_root(root)
+    def _find(self, folder: Path) -> int:
         folder = folder / self.folder if (folder / self.folder).is_dir() else folder
-        paths = [folder / name for name in (self.train_files if split == "train" else self.test_files)]
+        paths = [folder / name for name in (self.train_files if self.split == "train" else self.test_files)]
         missing = [path for path in [*paths, folder / self.names_file] if not path.is_file()]
         if missing:
             raise UsageError(
@@ -69,7 +55,7 @@ class _Cifar(LabelledImages):
         records = [self._records(path) for path in paths]
         self._images = np.concatenate([part[:, self.label_bytes :] for part in records]).reshape(-1, 3, 32, 32)
         self.labels = np.concatenate([part[:, self.label_bytes - 1] for part in records])
-        super().__init__(split, len(self.labels), image_size, transform, skip_damaged, decoder)
+        return len(self.labels)
 
     def _records(self, path: Path) -> np.ndarray:
         data = np.fromfile(path, np.uint8)

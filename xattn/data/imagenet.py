@@ -14,14 +14,13 @@ Deviations: Perceiver IO validates on the first 10,000 images of train (its spli
 
 import os
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 
 from xattn.config import UsageError
-from xattn.data.checks import check_root, check_split, subfolders
+from xattn.data.checks import subfolders
 from xattn.data.labelled_images import LabelledImages
 
 _EXTENSIONS = (".jpeg", ".jpg", ".png")
@@ -46,19 +45,9 @@ class Imagenet(LabelledImages):
 
     name = "imagenet"
 
-    def __init__(
-        self,
-        split: str,
-        root: str | os.PathLike = "",
-        image_size: int = 224,
-        transform: Mapping[str, Any] | None = None,
-        skip_damaged: bool = False,
-        decoder: str = "pillow",
-    ):
-        check_split(self.name, split)
-        folder = check_root(root)
-        self.class_names, self.files, self.labels = class_folders(folder, split)
-        super().__init__(split, len(self.files), image_size, transform, skip_damaged, decoder)
+    def _find(self, folder: Path) -> int:
+        self.class_names, self.files, self.labels = class_folders(folder, self.split)
+        return len(self.files)
 
     def _entry(self, index: int) -> tuple[Path, int, str]:
         return self.files[index], self.labels[index], f"'{self.files[index]}'"
@@ -81,17 +70,8 @@ class ImagenetArrayRecord(LabelledImages):
 
     name = "imagenet_arrayrecord"
 
-    def __init__(
-        self,
-        split: str,
-        root: str | os.PathLike = "",
-        image_size: int = 224,
-        transform: Mapping[str, Any] | None = None,
-        skip_damaged: bool = False,
-        decoder: str = "pillow",
-    ):
-        check_split(self.name, split)
-        folder = check_root(root)
+    def _find(self, folder: Path) -> int:
+        split = self.split
         found = [sorted(folder.glob(f"{name}-*-of-*.arrayrecord")) for name in _NAMES[split]]
         paths = next((files for files in found if files), [])
         if not paths:
@@ -110,7 +90,7 @@ class ImagenetArrayRecord(LabelledImages):
         array_record()
         self._records = _open_records(paths)
         self.class_names = (folder / "classes.txt").read_text("utf-8").splitlines()
-        super().__init__(split, len(self._records), image_size, transform, skip_damaged, decoder)
+        return len(self._records)
 
     def _entry(self, index: int) -> tuple[bytes, int, str]:
         try:

@@ -1,6 +1,7 @@
 """What all sources of labelled images share: reading, cropping, augmenting, and what happens to a damaged image."""
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from xattn.config import UsageError
+from xattn.data.checks import check_root, check_split
 from xattn.data.decode import fast_crop, fast_libraries
 from xattn.data.transforms import draw_crop, image_shapes, image_transform
 
@@ -23,7 +25,7 @@ class LabelledImages:
 
     Args:
       split: "train", "val" or "test".
-      num_examples: how many images the split has.
+      root: the folder that holds the data.
       image_size: S.
       transform: a name in `xattn.data.transforms.IMAGE_TRANSFORMS` and its keywords; None for Perceiver IO's without
         RandAugment.
@@ -32,7 +34,8 @@ class LabelledImages:
         JPEG than S pixels need, which changes them a little, and scales before anything else (`xattn.data.decode`).
 
     Raises:
-      UsageError: there is no such transform, keyword or decoder, or the extra fast-decode is not installed.
+      UsageError: there is no such split, folder, transform, keyword or decoder, the extra fast-decode is not installed,
+        or what the subclass says.
     """
 
     name = ""
@@ -40,23 +43,28 @@ class LabelledImages:
     def __init__(
         self,
         split: str,
-        num_examples: int,
+        root: str | os.PathLike = "",
         image_size: int = 224,
         transform: Mapping[str, Any] | None = None,
         skip_damaged: bool = False,
         decoder: str = "pillow",
     ):
+        check_split(self.name, split)
+        self.split = split
+        self.num_examples = self._find(check_root(root))
         if decoder not in _DECODERS:
             raise UsageError(f"config.data.decoder must be one of {', '.join(_DECODERS)}, but is '{decoder}'.")
         if decoder == "fast":
             fast_libraries()  # so that they are missed before the first image
-        self.split = split
-        self.num_examples = num_examples
         self._size = image_size
         self._transform = image_transform(transform)
         self._skip_damaged = skip_damaged
         self._fast = decoder == "fast"
         self._damaged: set[int] = set()
+
+    def _find(self, folder: Path) -> int:
+        """Finds the images of the split in `folder`; how many there are."""
+        raise NotImplementedError
 
     def _entry(self, index: int) -> tuple[Path | bytes | Image.Image, int, str]:
         """An image (its file, the bytes of its file, or the image itself), its label, and its name in messages."""

@@ -6,13 +6,9 @@
 There is no third part: train is trainval.txt (3,680 images), val and test both are test.txt (3,669).
 """
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from xattn.config import UsageError
-from xattn.data.checks import check_root, check_split
 from xattn.data.labelled_images import LabelledImages
 
 
@@ -33,21 +29,11 @@ class Pets(LabelledImages):
 
     name = "pets"
 
-    def __init__(
-        self,
-        split: str,
-        root: str | os.PathLike = "",
-        image_size: int = 224,
-        transform: Mapping[str, Any] | None = None,
-        skip_damaged: bool = False,
-        decoder: str = "pillow",
-    ):
-        check_split(self.name, split)
-        folder = check_root(root)
+    def _find(self, folder: Path) -> int:
         train = _rows(folder / "annotations" / "trainval.txt")
         names = {number: image.rpartition("_")[0] for image, number in train}
         self.class_names = [names.get(number, "") for number in range(1, max(names) + 1)]
-        listed = folder / "annotations" / ("trainval.txt" if split == "train" else "test.txt")
+        listed = folder / "annotations" / ("trainval.txt" if self.split == "train" else "test.txt")
         rows = _rows(listed)
         for image, number in rows:
             if names.get(number) != image.rpartition("_")[0]:
@@ -62,7 +48,7 @@ class Pets(LabelledImages):
                 f"'{listed}' lists {len(missing)} of {len(rows)} images that are not there, such as '{missing[0]}': "
                 "unpack the archive images.tar.gz again."
             )
-        super().__init__(split, len(rows), image_size, transform, skip_damaged, decoder)
+        return len(rows)
 
     def _entry(self, index: int) -> tuple[Path, int, str]:
         return self.files[index], self.labels[index], f"'{self.files[index]}'"
