@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,16 @@ def from_json(text: str) -> Config:
         return tuple(restore(entry) for entry in value) if isinstance(value, list) else value
 
     return ConfigDict(restore(json.loads(text)))
+
+
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Writes a file so that `path` holds either the old contents or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def config_hash(config: Config) -> str:

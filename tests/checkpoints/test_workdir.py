@@ -10,8 +10,8 @@ import pytest
 
 import xattn
 from xattn.checkpoints import Checkpoints, open_workdir, read_config
-from xattn.checkpoints.workdir import load_variables, write_atomically
-from xattn.config import Config, UsageError, config_hash, to_json
+from xattn.checkpoints.workdir import load_variables
+from xattn.config import Config, UsageError, config_hash, to_json, write_atomically
 from xattn.models import Conv4
 
 
@@ -117,13 +117,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     write_atomically(path, "old")
     write_atomically(path, "older")
     assert path.read_text() == "older"
-    original = Path.write_text
+    original = Path.write_bytes
 
-    def half(self, text, *args, **kwargs):
-        original(self, text[: len(text) // 2], *args, **kwargs)
+    def half(self, contents):
+        original(self, contents[: len(contents) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new contents")
     assert path.read_text() == "older"

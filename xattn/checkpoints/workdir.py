@@ -16,17 +16,7 @@ from flax import linen as nn
 
 from xattn import models
 from xattn.checkpoints.manager import Checkpoints
-from xattn.config import Config, UsageError, config_hash, differing_keys, from_json, to_json
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that `path` holds either the old contents or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from xattn.config import Config, UsageError, config_hash, differing_keys, from_json, to_json, write_atomically
 
 
 def open_workdir(workdir: Path, config: Config) -> None:

@@ -26,7 +26,6 @@ import json
 import os
 import string
 import time
-import uuid
 from pathlib import Path
 
 import jax
@@ -168,17 +167,10 @@ def load_or_render(
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     # Two processes that render at once write the same bytes, so whichever comes last changes nothing.
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(images_file, buffer.getvalue())
-    _replace(meta_file, json.dumps(recipe | {"sha256": digest, "families": families}).encode())
+    config.write_atomically(images_file, buffer.getvalue())
+    config.write_atomically(meta_file, json.dumps(recipe | {"sha256": digest, "families": families}).encode())
     logging.info("Rendered %d images in %.1f s.", len(images), time.monotonic() - start)
     return np.load(images_file, mmap_mode="r"), families
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file so that no reader ever sees a part of it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 @functools.cache

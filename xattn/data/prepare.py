@@ -26,7 +26,7 @@ from typing import Any
 import grain
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from xattn.config import UsageError
+from xattn.config import UsageError, write_atomically
 from xattn.data.checks import check_root
 from xattn.data.episodes import SPLITS
 from xattn.data.imagenet import array_record, class_folders, split_folder
@@ -94,12 +94,12 @@ def _complete(out: Path, planned: dict[str, Any], splits: dict[str, _Examples], 
         task = progress.add_task("write", total=sum(len(shards[name]) for name in missing), visible=bool(missing))
         for name in missing:
             manifest["shards"][name] = _write(out / name, counted(_files(shards[name], num_threads), task))
-            _save(out / "manifest.json", json.dumps(manifest, indent=1))
+            write_atomically(out / "manifest.json", json.dumps(manifest, indent=1))
             progress.console.print(f"{name}: {len(shards[name])} images", highlight=False, soft_wrap=True)
         task = progress.add_task("check", total=sum(map(len, shards.values())))
         for name in shards:
             _check(out / name, manifest["shards"][name], counted(_records(out / name, num_threads), task))
-    _save(out / "classes.txt", "".join(f"{name}\n" for name in planned["classes"]))
+    write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in planned["classes"]))
     counts = " and ".join(f"{len(examples)} images of {split}" for split, examples in splits.items())
     before = f"{len(missing)} of them missing before, " if missing else "all there before, "
     before = before if len(missing) < len(shards) else ""
@@ -146,7 +146,7 @@ def _begin(out: Path, planned: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(
                 f"'{out}' holds files that `xattn data prepare images` did not write: give an empty folder."
             )
-        _save(path, json.dumps(planned, indent=1))
+        write_atomically(path, json.dumps(planned, indent=1))
         return planned
     try:
         manifest = json.loads(path.read_text("utf-8"))
@@ -166,12 +166,6 @@ def _begin(out: Path, planned: dict[str, Any]) -> dict[str, Any]:
             "classes): put them back, or give an empty folder."
         )
     return manifest
-
-
-def _save(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, "utf-8")
-    partial.replace(path)
 
 
 def _write(path: Path, records: Iterable[bytes]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from xattn.checkpoints import read_config
-from xattn.checkpoints.workdir import load_variables, write_atomically
-from xattn.config import Config, UsageError, check_keys, lookup
+from xattn.checkpoints.workdir import load_variables
+from xattn.config import Config, UsageError, check_keys, lookup, write_atomically
 from xattn.evals.autoencoding import autoencoding, check_autoencoding, describe_autoencoding, draw_clip
 from xattn.evals.classification import check_classification, classification, describe_classification
 from xattn.evals.episode_picture import draw_episode

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from xattn.checkpoints.workdir import write_atomically
+from xattn.config import write_atomically
 
 PLAIN_LINES = 20  # a whole run's worth, where no terminal shows a bar
 
