@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml requirements/python3.11.txt requirements/python3.12.txt
 	touch $@
 
 # glibc gives large freed blocks back to the kernel, and every step faults them in again: keep them instead.
+train: export MALLOC_ARENA_MAX = 1
 train: export MALLOC_MMAP_MAX_ = 0
 train: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 train: install

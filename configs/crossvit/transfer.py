@@ -10,8 +10,6 @@ The recipe is the paper's: SGD, 1000 epochs, batches of 768, learning rate 0.01 
 1e-4, no random erasing, no stochastic depth.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from xattn.config import check_variant, load_config
@@ -28,15 +26,8 @@ DATASETS = {
 def get_config(arg: str = "") -> ConfigDict:
     """Variants: a data set ("": cifar10), and "smoke" (seconds, embedded data)."""
     dataset = check_variant(arg, (*DATASETS, "smoke")) or "cifar10"
-    if dataset == "smoke":
-        return load_config("crossvit/imagenet:smoke").unlock()
-    source, num_classes, num_images = DATASETS[dataset]
-    steps_per_epoch = num_images // 768
-    config = load_config("crossvit/imagenet:15_240").unlock()
-    model: dict[str, Any] = dict(name="crossvit_15_240", num_classes=num_classes, drop_path_rate=0.0)
-    config.model = ConfigDict(model)
-    config.data.name = source
-    config.pipeline.batch_size = 768
+    config = load_config("crossvit/imagenet:" + ("smoke" if dataset == "smoke" else "15_240")).unlock()
+    config.model.drop_path_rate = 0.0
     del config.pipeline.transforms.random_erasing
     config.optimizer = ConfigDict(
         dict(
@@ -46,9 +37,17 @@ def get_config(arg: str = "") -> ConfigDict:
             weight_decay=1e-4,
             decay="kernels",
             clip_norm=0.0,
-            schedule=dict(name="cosine", warmup_steps=5 * steps_per_epoch, final_fraction=0.0),
+            schedule=dict(name="cosine", warmup_steps=1, final_fraction=0.0),
         )
     )
+    if dataset == "smoke":
+        return config
+    source, num_classes, num_images = DATASETS[dataset]
+    steps_per_epoch = num_images // 768
+    config.model.num_classes = num_classes
+    config.data.name = source
+    config.pipeline.batch_size = 768
+    config.optimizer.schedule.warmup_steps = 5 * steps_per_epoch
     config.num_steps = 1000 * steps_per_epoch
     config.validation.update(num_examples=None, every=10 * steps_per_epoch)
     config.evals = ConfigDict({dataset: dict(name="classification", split="test")})

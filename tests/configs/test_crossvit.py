@@ -48,7 +48,7 @@ def test_eighteen_layers_see_each_image_three_times_in_a_row():
     assert load_config("crossvit/imagenet:15_240").pipeline.repeats == 1
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "pets", "folders"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "pets", "folders", "smoke"])
 def test_transfer_has_neither_erasing_nor_stochastic_depth(dataset):
     config = load_config(f"crossvit/transfer:{dataset}")
     assert list(config.pipeline.transforms) == ["mixup_or_cutmix"] and config.model.drop_path_rate == 0
@@ -56,7 +56,7 @@ def test_transfer_has_neither_erasing_nor_stochastic_depth(dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["crossvit/letters", "vit/imagenet"])
+@pytest.mark.parametrize("name", ["crossvit/letters", "crossvit/transfer", "vit/imagenet"])
 def test_smoke_trains_validates_and_evaluates(name, tmp_path):
     (result,) = train(load_config(f"{name}:smoke"), tmp_path / "run").values()
     assert len(result["per_example"]) == 8

@@ -253,21 +253,22 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def _sums(leaves: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    return jax.tree.map(_sum, leaves)
+
+
+@jax.jit  # traced once for all leaves of one shape
+def _sum(leaf: Array) -> UInt32[Array, ""]:
     """Sum of mix(bits + mix(index)) modulo 2^32: exact in any order, so it is the same on every mesh.
 
     For one index it is a bijection of the bits, so a change of a single element always shows.
     """
-
-    def total(leaf: Array) -> UInt32[Array, ""]:
-        if leaf.dtype == jnp.bool_:
-            leaf = leaf.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[np.dtype(leaf.dtype).itemsize]).astype(jnp.uint32)
-        index = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        return jnp.sum(_mix(bits + _mix(index)), dtype=jnp.uint32)
-
-    return jax.tree.map(total, leaves)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[np.dtype(leaf.dtype).itemsize]).astype(jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(_mix(bits + _mix(index)), dtype=jnp.uint32)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -7,8 +7,7 @@ and its place is uniform. Each pixel and channel in it is drawn from N(0, 1), in
 Source: timm 1.0 (timm/data/random_erasing.py), mode "pixel" with one box, as DeiT and CrossViT train.
 
 Deviations: it erases in the normalised float image, where ours is uint8: the noise is mean + std N(0, 1), rounded and
-cut off at 0 and 255. With ImageNet's mean and std, 0.4 to 3.6 % of
-the noise lie beyond on a side, depending on the channel.
+cut off at 0 and 255. With ImageNet's mean and std, 0.4 to 3.6% of the noise lie beyond on a side, by channel.
 """
 
 import math
