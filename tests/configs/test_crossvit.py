@@ -56,7 +56,7 @@ def test_transfer_has_neither_erasing_nor_stochastic_depth(dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["crossvit/letters", "crossvit/transfer", "vit/imagenet"])
+@pytest.mark.parametrize("name", ["crossvit/transfer", "vit/imagenet"])
 def test_smoke_trains_validates_and_evaluates(name, tmp_path):
     (result,) = train(load_config(f"{name}:smoke"), tmp_path / "run").values()
     assert len(result["per_example"]) == 8

@@ -128,19 +128,14 @@ def test_bfloat16_computes_while_parameters_stay_float32(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_parameter_trains_and_frozen_ones_do_not(tmp_path):
-    def first_steps(name: str, **changes: object) -> list[dict]:
-        train(smoke("qsformer", num_steps=2, checkpoint__every=1, **changes), tmp_path / name)
-        return [xattn.load(tmp_path / name, step)[1]["params"] for step in (1, 2)]
-
-    unchanged = jax.tree.map(np.array_equal, *first_steps("all"))
+def test_frozen_parameters_stay_and_all_others_train(tmp_path):
+    train(smoke("qsformer", num_steps=2, checkpoint__every=1, model__freeze_patchformer=True), tmp_path)
+    one, two = (dict(xattn.load(tmp_path, step)[1]["params"]) for step in (1, 2))
+    assert_equal_trees(one.pop("patchformer"), two.pop("patchformer"))
+    unchanged = jax.tree.map(np.array_equal, one, two)
     paths = [jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_flatten_with_path(unchanged)[0] if same]
     # A softmax does not see a constant in the keys: their biases have no gradient but rounding.
     assert all("['key']['bias']" in path for path in paths), paths
-
-    one, two = first_steps("frozen", model__freeze_patchformer=True)
-    assert_equal_trees(one["patchformer"], two["patchformer"])
-    assert not np.array_equal(one["block_0"]["projection"]["kernel"], two["block_0"]["projection"]["kernel"])
 
 
 @pytest.mark.slow
