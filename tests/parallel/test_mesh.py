@@ -138,9 +138,9 @@ def test_initialisation_on_a_mesh_equals_that_on_one_device_bit_by_bit():
     for name, mesh in {"one": make_mesh(1), "eight": make_mesh(2, 2, 2)}.items():
         with use_mesh(mesh):
             create, abstract, notes = abstract_state(
-                Small(hidden=7), Mean(), optax.adam(0.1), batch_shapes(shapes, mesh), True, 0, mesh
+                Small(hidden=7), Mean(), optax.adam(0.1), batch_shapes(shapes, mesh), True, mesh
             )
-            states[name] = create()
+            states[name] = create(jax.random.key(0))
         described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), states[name])
         assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
     # The optimizer and the average repeat the parameters' shapes; each axis is listed once.

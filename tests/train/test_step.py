@@ -53,6 +53,9 @@ def batch(seed: int, rows: int = 12) -> dict[str, np.ndarray]:
     return {"x": rng.normal(size=(rows, 3)).astype(np.float32), "y": rng.normal(size=rows).astype(np.float32)}
 
 
+KEY = jax.random.key(7)
+
+
 @functools.cache
 def setup(
     dropout_rate: float = 0.0,
@@ -66,9 +69,9 @@ def setup(
     optimizer, schedule = make_optimizer(OPTIMIZER, num_steps=20)
     if plain:
         optimizer, schedule = optax.sgd(0.1), optax.constant_schedule(0.1)
-    create, _, _ = abstract_state(model, task, optimizer, batch(0), ema_decay > 0, 7, make_mesh(1))
-    step = make_train_step(model, task, optimizer, schedule, 7, accumulate_steps, ema_decay)
-    return create, jax.jit(step), optimizer, schedule
+    create, _, _ = abstract_state(model, task, optimizer, batch(0), ema_decay > 0, make_mesh(1))
+    step = jax.jit(make_train_step(model, task, optimizer, schedule, accumulate_steps, ema_decay))
+    return functools.partial(create, KEY), functools.partial(step, key=KEY), optimizer, schedule
 
 
 def loss_at(params, data):
@@ -155,6 +158,16 @@ def test_dropout_is_a_function_of_the_step_alone():
     assert still(state.replace(step=jnp.int32(3)), data)[1]["loss"] == still(state, data)[1]["loss"]
 
 
+def test_another_seed_drops_other_weights_with_the_same_compiled_program():
+    create, step, *_ = setup(dropout_rate=0.5)
+    state, data = create(), batch(0)
+    keys = [jax.random.key(seed) for seed in (1, 2)]
+    losses = [float(step(state, data, key=key)[1]["loss"]) for key in keys]
+    assert losses[0] != losses[1]
+    programs = [step.func.lower(state, data, key=key).as_text() for key in keys]
+    assert programs[0] == programs[1]
+
+
 def test_ema_is_the_geometric_mean_of_the_parameters_so_far():
     decay = 0.75
     create, step, *_ = setup(ema_decay=decay)
@@ -211,13 +224,13 @@ class Kinked(Squares):
 
 def test_a_loss_or_a_gradient_alone_that_is_not_finite_is_enough():
     model, task, optimizer = Regressor(), Kinked(), optax.sgd(0.1)
-    step = jax.jit(make_train_step(model, task, optimizer, optax.constant_schedule(0.1), 7))
+    step = jax.jit(make_train_step(model, task, optimizer, optax.constant_schedule(0.1)))
     state = setup(plain=True)[0]()
     base = batch(0) | {"bend": np.float32(1), "offset": np.zeros(12, np.float32)}
-    after, _ = step(state, base)
+    after, _ = step(state, base, KEY)
     assert int(after.skipped) == 0
     for name, value, finite in (("bend", np.float32(0), "loss"), ("offset", np.full(12, np.nan), "grad_norm")):
-        after, metrics = step(state, base | {name: np.float32(value)})
+        after, metrics = step(state, base | {name: np.float32(value)}, KEY)
         assert int(after.skipped) == 1
         assert [key for key in ("loss", "grad_norm") if np.isfinite(metrics[key])] == [finite]
         equal(after.params, state.params)

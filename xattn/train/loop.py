@@ -59,20 +59,18 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     given = None  # the weights of another run, if this one starts from them
     if config.get("pretrained") and not has_checkpoint(workdir):
         given = load_pretrained(Path(config.pretrained))
-    train_step = make_train_step(
-        model, task, optimizer, schedule, config.seed, config.accumulate_steps, config.ema_decay
-    )
+    train_step = make_train_step(model, task, optimizer, schedule, config.accumulate_steps, config.ema_decay)
+    key = jax.random.key(config.seed)
 
     # State: planned, and the step traced, without memory; then restored into its shardings, or created in them,
     # perhaps from the weights of another run.
     with use_mesh(mesh):
         shapes = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
         with _misfits_named():
-            create, abstract, notes = abstract_state(
-                model, task, optimizer, shapes, config.ema_decay > 0, config.seed, mesh
-            )
+            create, abstract, notes = abstract_state(model, task, optimizer, shapes, config.ema_decay > 0, mesh)
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, shapes)
+            step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+            lowered = step_fn.lower(abstract, shapes, key)
         for where, spec in _evaluations(config).items():
             evals.check(spec, model, config, where)
         if given:
@@ -81,7 +79,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         metric = config.validation.metric if config.validation else None
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
         restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
-        state = create() if restored is None else replace(abstract, **restored[1], **restored[2])
+        state = create(key) if restored is None else replace(abstract, **restored[1], **restored[2])
         if given:
             state = start_from(given, state)
         start = int(state.step)
@@ -108,7 +106,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
             batches = data.batches(source, pipeline, start_step=start, num_steps=config.num_steps - start, **hosts)
             for step, batch in enumerate(batches, start=start + 1):
-                state, metrics = compiled(state, shard_batch(batch, mesh))
+                state, metrics = compiled(state, shard_batch(batch, mesh), key)
                 last, stopping = step == config.num_steps, stop.is_set()
                 if step % config.log_every == 0 or last:
                     report.train_row(step, metrics)

@@ -50,19 +50,18 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     batch: Mapping[str, Any],
     ema: bool,
-    seed: int,
     mesh: Mesh,
 ) -> tuple[Any, Any, list[str]]:
     """Plans a state without allocating it; `batch` holds the shapes of one.
 
     Returns:
-      `(create, abstract, notes)`: a compiled-on-call function without arguments that makes the state,
-      sharded from the start; the state's shapes with shardings; lines about axes left whole.
+      `(create, abstract, notes)`: a compiled-on-call function that makes the state from a random key, sharded
+      from the start; the state's shapes with shardings; lines about axes left whole.
     """
 
-    def boxed() -> TrainState:
+    def boxed(key: jax.Array) -> TrainState:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-        params_key, dropout_key = jax.random.split(jax.random.key(seed))
+        params_key, dropout_key = jax.random.split(key)
         variables = dict(model.init({"params": params_key, "dropout": dropout_key}, *task.inputs(zeros)))
         params = variables.pop("params")
         return TrainState(
@@ -75,13 +74,13 @@ def abstract_state(
             skipped_in_a_row=jnp.zeros((), jnp.int32),
         )
 
-    shapes = jax.eval_shape(boxed)
+    shapes = jax.eval_shape(boxed, jax.random.key(0))
     shardings, notes = state_shardings(shapes, mesh)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         without_names(shapes),
         shardings,
     )
-    create = jax.jit(lambda: without_names(boxed()), out_shardings=shardings)
+    create = jax.jit(lambda key: without_names(boxed(key)), out_shardings=shardings)
     params_notes = [note for note in notes if note.startswith("params/")]
     return create, abstract, params_notes

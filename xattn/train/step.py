@@ -20,19 +20,18 @@ def make_train_step(
     task: Any,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    seed: int,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The pure function that `train/loop.py` compiles.
+) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
+    """The pure function `step(state, batch, key)` that `train/loop.py` compiles.
 
-    Random numbers of step s and microbatch a come from `fold_in(fold_in(key(seed), s), a)`. A step whose
+    `key` is the run's: random numbers of step s and microbatch a come from `fold_in(fold_in(key, s), a)`. It is an
+    argument, so that runs which differ in their seed alone share one compiled program. A step whose
     loss or gradient norm is not finite changes nothing but the counters.
 
     Args:
       model, task, optimizer, schedule: see `xattn.models`, `xattn.tasks` and `xattn.train.optim`; any optax
         optimizer will do.
-      seed: of the run.
       accumulate_steps: microbatches a step; gradients and metrics are their means, so a step equals one
         on the whole batch for losses that are means over examples of equal weight.
       ema_decay: of the parameters' moving average; 0 keeps none.
@@ -75,8 +74,10 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / accumulate_steps, total)
         return grads, jax.tree.map(lambda m: m.mean(0), metrics), model_state
 
-    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    def train_step(
+        state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(key, state.step)
         grads, metrics, model_state = gradients(state, batch, rng)
         norm = optax.tree.norm(grads)
         updates, opt_state = update_fn(grads, state.opt_state, state.params, step=state.step)
