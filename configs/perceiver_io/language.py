@@ -81,10 +81,17 @@ def get_config(arg: str = "") -> ConfigDict:
         # The released embeddings start 50 times as large as the positions, which a short training would not find then.
         config["model"]["input_preprocessor"] |= dict(max_positions=32, features=64, embed_init_scale=0.02)
         config["model"]["encoder"] |= dict(
-            num_latents=32, latent_features=64, v_features=64, qk_features=64, num_self_attends_per_block=2
+            num_latents=32,
+            latent_features=64,
+            v_features=64,
+            qk_features=64,
+            num_cross_heads=4,
+            num_self_heads=4,
+            num_self_attends_per_block=1,
         )
         config["model"]["decoder"] |= dict(
             queries=dict(name="queries", index_dims=(32,), positions=dict(name="trainable_positions", features=64)),
+            num_heads=4,
             qk_features=64,
             v_features=64,
         )
@@ -97,7 +104,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config |= dict(num_steps=3200, dtype="float32", log_every=10, checkpoint=dict(every=1000, keep=2))
         config["mesh"] = dict(data=1, fsdp=1, tensor=1, sequence=1)
     if arg == "smoke":
-        config["model"]["encoder"] |= dict(num_latents=8, num_self_attends_per_block=1)
+        config["model"]["encoder"] |= dict(num_latents=8)
         config["pipeline"]["batch_size"] = 2
         config["validation"] |= dict(num_examples=4, batch_size=4, every=4)
         config["evals"]["python"] |= dict(num_examples=4)

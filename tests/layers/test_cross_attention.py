@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xattn.analysis.flops import count_flops
 from xattn.config import UsageError
 from xattn.layers.cross_attention import CrossAttention
 from xattn.ops.attention import Mask
@@ -409,3 +410,45 @@ def test_usage_errors_of_calls(x, context):
     kv = apply(module, variables, context, method="project_kv")
     with pytest.raises(UsageError, match="both inputs_kv and kv"):
         module.apply(variables, x, context, kv=kv)
+
+
+class Normed(nn.Module):
+    """As the Perceiver's layers use it: a LayerNorm of the caller's before the keys and values."""
+
+    attention: str | None = None
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs_q, inputs_kv, **options):
+        norm = nn.LayerNorm(name="norm", epsilon=0.01)
+        layer = CrossAttention(2, qk_features=8, dropout_rate=self.rate, attention=self.attention, name="attention")
+        return layer(inputs_q, inputs_kv, kv_norm=norm, **options)
+
+
+def test_few_queries_do_not_project_their_many_inputs_and_nothing_else_changes():
+    rng = np.random.default_rng(0)
+    inputs_q, inputs_kv = (jnp.asarray(rng.normal(size=(2, n, 12)), jnp.float32) for n in (3, 50))
+    kv_mask = jnp.broadcast_to(jnp.arange(50) < 30, (2, 50))
+    variables = Normed().init(jax.random.key(0), inputs_q, inputs_kv)
+    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(variables)))
+    noise = jax.tree.unflatten(jax.tree.structure(variables), noise)
+    variables = jax.tree.map(lambda x, key: x + jax.random.normal(key, x.shape), variables, noise)
+    options = dict(kv_mask=kv_mask, deterministic=False, rngs={"dropout": jax.random.key(2)})
+
+    def loss(attention, variables, inputs_q, inputs_kv):
+        out = Normed(attention, rate=0.3).apply(variables, inputs_q, inputs_kv, **options)
+        return jnp.square(out).sum(), out
+
+    found, wanted = (
+        jax.grad(functools.partial(loss, name), (0, 1, 2), has_aux=True)(variables, inputs_q, inputs_kv)
+        for name in (None, "xla")
+    )
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), found, wanted)
+    flops = [count_flops(functools.partial(loss, n), variables, inputs_q, inputs_kv).total() for n in (None, "xla")]
+    assert flops[0] < 0.7 * flops[1]
+
+    out, state = Normed(rate=0.3).apply(variables, inputs_q, inputs_kv, mutable=["intermediates"], **options)
+    np.testing.assert_allclose(out, found[1], rtol=1e-4, atol=1e-5)
+    (weights,) = state["intermediates"]["attention"]["attention_weights"]
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)

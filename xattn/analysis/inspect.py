@@ -51,8 +51,12 @@ def inspect(config: Config) -> dict[str, Any]:
     def forward(variables: Any, batch: Any) -> Any:
         return model.apply(variables, *task.inputs(batch))
 
+    def observed(variables: Any, batch: Any) -> Any:
+        return model.apply(variables, *task.inputs(batch), mutable=["intermediates"])
+
     variables = meta.unbox(jax.eval_shape(initialise, batch))
-    flops = count_flops(forward, variables, batch)
+    # With attention weights in view every key and value is projected, as papers count.
+    flops = count_flops(observed, variables, batch)
     memory: Any = jax.jit(forward).lower(variables, batch).compile().memory_analysis()
     parameters = _by_prefix(variables["params"])
     unused = interop.unused_released(config.model.to_dict())

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from xattn.config import UsageError
 from xattn.ops.attention import Mask, additive_attention, attention_weights, dot_product_attention, dropout
+from xattn.ops.attention.absorbed import Affine, Norm, absorbed_attention, absorbing_pays
 from xattn.ops.attention.additive import additive_scores
 from xattn.ops.attention.xla import softmax, weighted_sum
 
@@ -40,7 +41,8 @@ class Projection(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."], as_affine: bool = False) -> Float[Array, "..."] | Affine:
+        """The projection of `x`, or with `as_affine` only the parameters that it would be projected with."""
         contracted = len(self.axes) - len(self.features)
         inputs = x.shape[-contracted:]
 
@@ -58,6 +60,8 @@ class Projection(nn.Module):
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(self.bias_init, self.bias_axes)
             bias = self.param("bias", bias_init, self.features, self.param_dtype)
+        if as_affine:
+            return Affine(kernel, bias)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = jnp.tensordot(x, kernel, axes=contracted)
         return x if bias is None else x + bias
@@ -74,6 +78,10 @@ class CrossAttention(nn.Module):
     The float32 weights before dropout are visible as `attention_weights` [*B, H, N, M]: sown into
     `intermediates` if that collection is mutable, and passed through `self.perturb` if `perturbations` is
     mutable or holds this module's entry. Otherwise the fused path runs and no weights need to exist.
+
+    Where the queries are so few that it takes fewer FLOPs, `inputs_kv` is not projected at all: its projections are
+    absorbed into the queries and into the output (`xattn.ops.attention.absorbed`), which is the same function. Naming
+    an implementation in `attention`, or looking at the weights, projects.
 
     Attributes:
       num_heads: H.
@@ -127,6 +135,7 @@ class CrossAttention(nn.Module):
         bias: Float[Array, "..."] | None = None,
         q_mask: Bool[Array, "*B N"] | None = None,
         kv_mask: Bool[Array, "*B M"] | None = None,
+        kv_norm: nn.LayerNorm | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "*B N Cout"]:
         """Attends from `inputs_q` to `inputs_kv`, to `kv`, or to itself.
@@ -139,6 +148,8 @@ class CrossAttention(nn.Module):
           bias: added to the scores, broadcastable to [*B, H, N, M].
           q_mask: [*B, N], False for queries that are padding (their output is that of no key: the bias).
           kv_mask: [*B, M], False for keys that are padding.
+          kv_norm: a module of the caller's that is to be applied to `inputs_kv` first. Given here instead of called
+            there, it too can be done chunk by chunk.
           deterministic: no dropout.
 
         Returns:
@@ -154,7 +165,7 @@ class CrossAttention(nn.Module):
         if mask is not None:
             parts = parts & (mask if isinstance(mask, Mask) else Mask(dense=mask))
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
-        return self._run(inputs_q, inputs_kv, kv, mask=parts, bias=bias, deterministic=deterministic)
+        return self._run(inputs_q, inputs_kv, kv, kv_norm, mask=parts, bias=bias, deterministic=deterministic)
 
     def project_kv(
         self, inputs_kv: Float[Array, "*B M Ckv"]
@@ -174,6 +185,7 @@ class CrossAttention(nn.Module):
         inputs_q: Any,
         inputs_kv: Any,
         kv: Any = None,
+        kv_norm: nn.LayerNorm | None = None,
         *,
         mask: Mask | None = None,
         bias: Any = None,
@@ -191,8 +203,8 @@ class CrossAttention(nn.Module):
         width = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         in_axes, bias_axes = ("embed", "heads", "kv"), ("heads", "kv")
 
-        def project(name: str, x: jax.Array, heads: int, head_width: int) -> jax.Array:
-            x = Projection(
+        def projection(name: str, heads: int, head_width: int) -> Projection:
+            return Projection(
                 (heads, head_width),
                 in_axes,
                 bias_axes,
@@ -201,14 +213,19 @@ class CrossAttention(nn.Module):
                 bias_init=self.bias_init,
                 name=name,
                 **width,
-            )(x)
+            )
+
+        def project(name: str, x: jax.Array, heads: int, head_width: int) -> jax.Array:
+            x = projection(name, heads, head_width)(x)
             if self.normalize_qk and name != "value":
                 scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
                 x = nn.LayerNorm(use_bias=False, scale_init=scale_init, name=f"{name}_ln", **width)(x)
             return _constrain(x, "length", "act_heads", "act_kv")
 
         qk_width, v_width = self._head_widths(inputs_q)
-        if kv is None:
+        absorbing = inputs_q is not None and kv is None and self._absorbs(inputs_q, inputs_kv, qk_width, v_width)
+        if kv is None and not absorbing:
+            inputs_kv = inputs_kv if kv_norm is None else kv_norm(inputs_kv)
             kv = (
                 project("key", inputs_kv, num_kv_heads, qk_width),
                 project("value", inputs_kv, num_kv_heads, v_width),
@@ -225,8 +242,20 @@ class CrossAttention(nn.Module):
                 (self.num_heads, qk_width),
                 self.param_dtype,
             )
-        key, value = kv
-        out = self._attend(query, key, value, energy, mask=mask, bias=bias, deterministic=deterministic)
+        scores = {
+            "mask": mask,
+            "bias": bias,
+            "scale": (qk_width**-0.5 if energy is None else 1.0) / self.temperature,
+            "logits_soft_cap": self.logits_soft_cap,
+        }
+        rate = 0.0 if deterministic else self.dropout_rate
+        dropped = {"dropout_rate": rate, "dropout_rng": self.make_rng("dropout") if rate else None}
+        if absorbing:
+            key = projection("key", num_kv_heads, qk_width)(inputs_kv, as_affine=True)
+            value = projection("value", num_kv_heads, v_width)(inputs_kv, as_affine=True)
+            out = absorbed_attention(query, inputs_kv, key, value, norm=_as_norm(kv_norm), **scores, **dropped)
+        else:
+            out = self._attend(query, *kv, energy, scores, **dropped)
 
         out = Projection(
             (self.out_features or inputs_q.shape[-1],),
@@ -241,31 +270,37 @@ class CrossAttention(nn.Module):
         return _constrain(out, "length", "act_embed")
 
     def _attend(
-        self, query: Any, key: Any, value: Any, energy: Any, *, mask: Any, bias: Any, deterministic: bool
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        energy: Any,
+        scores: dict[str, Any],
+        *,
+        dropout_rate: Any,
+        dropout_rng: Any,
     ) -> Any:
-        scores = {
-            "mask": mask,
-            "bias": bias,
-            "scale": (query.shape[-1] ** -0.5 if energy is None else 1.0) / self.temperature,
-            "logits_soft_cap": self.logits_soft_cap,
-        }
-        rate = 0.0 if deterministic else self.dropout_rate
-        rng = self.make_rng("dropout") if rate else None
-
         if observed(self):
             if energy is None:
                 weights = attention_weights(query, key, **scores)
             else:
                 weights = softmax(additive_scores(query, key, energy, **scores))[0]
             weights = record(self, weights)
-            if rng is not None:
-                weights = dropout.drop_all(weights, rng, rate)
+            if dropout_rate:
+                weights = dropout.drop_all(weights, dropout_rng, dropout_rate)
             return weighted_sum(weights, value)
 
-        scores |= {"dropout_rate": rate, "dropout_rng": rng}
+        scores = scores | {"dropout_rate": dropout_rate, "dropout_rng": dropout_rng}
         if energy is None:
             return dot_product_attention(query, key, value, implementation=self.attention, **scores)
         return additive_attention(query, key, value, energy, **scores)
+
+    def _absorbs(self, inputs_q: Any, inputs_kv: Any, qk_width: int, v_width: int) -> bool:
+        if self.is_initializing() or observed(self) or self.attention or self.normalize_qk or self.score != "dot":
+            return False
+        heads = self.num_heads, self.num_kv_heads or self.num_heads
+        sizes = inputs_q.shape[-2], *inputs_kv.shape[-2:]
+        return absorbing_pays(*sizes, *heads, qk_width, v_width)
 
     def _head_widths(self, inputs_q: Any) -> tuple[int, int]:
         """D and Dv, from the fields, the width of `inputs_q`, or the parameters that exist."""
@@ -308,6 +343,13 @@ def record(module: nn.Module, weights: Float[Array, "*B H N M"]) -> Float[Array,
 
 def _perturbed(module: nn.Module) -> bool:
     return module.is_mutable_collection("perturbations") or module.has_variable("perturbations", _WEIGHTS)
+
+
+def _as_norm(module: nn.LayerNorm | None) -> Norm | None:
+    if module is None:
+        return None
+    params = meta.unbox(module.variables["params"])
+    return Norm(params["scale"], params["bias"], module.epsilon)
 
 
 def _constrain(x: jax.Array, *axes: str) -> jax.Array:

@@ -185,17 +185,18 @@ class CrossAttend(nn.Module):
         if kv is None:
             qk_features = self.qk_features or (inputs_kv.shape[-1] if self.attention_shape == "kv" else None)
             attention = _attention(self, qk_features, self.v_features)
-            inputs_kv = layer_norm(dtype=self.dtype, name="kv_norm")(inputs_kv)
+            kv_norm = layer_norm(dtype=self.dtype, name="kv_norm")
             if inputs_q is None:
-                return attention.project_kv(inputs_kv)
+                return attention.project_kv(kv_norm(inputs_kv))
         else:
+            kv_norm = None
             attention = _attention(self, *(x.shape[-2] * x.shape[-1] for x in kv))
 
         context: dict[str, Any] = dict(q_mask=q_mask, kv_mask=kv_mask)
         if self.variant == "hf":
             lowest = jnp.finfo(jnp.float32).min
             context = {} if kv_mask is None else dict(bias=jnp.where(kv_mask, 0, lowest)[..., None, None, :])
-        context |= dict(inputs_kv=inputs_kv, kv=kv, deterministic=deterministic)
+        context |= dict(inputs_kv=inputs_kv, kv=kv, kv_norm=kv_norm, deterministic=deterministic)
         query = layer_norm(dtype=self.dtype, name="q_norm")(inputs_q)
         x = _drop(self, attention(query, **context), deterministic)
         if self.use_query_residual:

@@ -74,9 +74,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / accumulate_steps, total)
         return grads, jax.tree.map(lambda m: m.mean(0), metrics), model_state
 
-    def train_step(
-        state: TrainState, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(key, state.step)
         grads, metrics, model_state = gradients(state, batch, rng)
         norm = optax.tree.norm(grads)

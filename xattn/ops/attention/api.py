@@ -69,7 +69,7 @@ def dot_product_attention(
     sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if implementation is None:
-        implementation = _fastest(query, key, bool(sizes))
+        implementation = "chunked" if sizes or large_scores(query, key) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)}.")
     if sizes and implementation != "chunked":
@@ -174,8 +174,8 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
-def _fastest(query: Any, key: Any, chunk_sizes: bool) -> str:
+def large_scores(query: Any, key: Any) -> bool:
+    """Whether the scores of query [*B, N, H, D] and key [*B, M, G, D] are better never held whole."""
     *batch, num_queries, num_heads, _ = query.shape
     score_bytes = 4 * math.prod(batch) * num_heads * num_queries * key.shape[-3]
-    large = score_bytes > CHUNKED_ABOVE and key.shape[-3] > chunked.KEY_CHUNK
-    return "chunked" if chunk_sizes or large else "xla"
+    return score_bytes > CHUNKED_ABOVE and key.shape[-3] > chunked.KEY_CHUNK

@@ -20,6 +20,8 @@ from xattn.ops.attention.masks import Mask, take
 from xattn.ops.attention.merge import merge
 from xattn.ops.attention.xla import dot_scores, softmax, weighted_sum
 
+Prepare = Callable[..., tuple[jax.Array, jax.Array]]
+
 KEY_CHUNK = 1024
 BLOCK_BYTES = 2**26
 
@@ -29,6 +31,7 @@ class _Settings(NamedTuple):
     key_chunk: int
     logits_soft_cap: float | None
     dropout_rate: float
+    prepare: Prepare
 
     def scores(self, q: Any, k: Any, scale: Any, bias: Any, mask: Any) -> jax.Array:
         return dot_scores(q, k, scale=scale, bias=bias, mask=mask, logits_soft_cap=self.logits_soft_cap)
@@ -41,6 +44,16 @@ def attend(
     query: Float[Array, "*B N H D"],
     key: Float[Array, "*B M G D"],
     value: Float[Array, "*B M G Dv"],
+    **options: Any,
+) -> tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
+    """`dot_product_attention` in memory O(N + M + block); the options are those of `attend_to`."""
+    return attend_to(query, (key, value), lambda key, value: (key, value), **options)
+
+
+def attend_to(
+    query: Float[Array, "*B N H D"],
+    inputs: tuple[Float[Array, "..."], ...],
+    prepare: Prepare,
     *,
     bias: Float[Array, "..."] | None,
     mask: Mask,
@@ -51,22 +64,27 @@ def attend(
     query_chunk_size: int | None = None,
     key_chunk_size: int | None = None,
 ) -> tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
-    """`dot_product_attention` in memory O(N + M + block).
+    """Attention over keys and values that are made from `inputs` a chunk at a time.
 
     A block is query_chunk_size x key_chunk_size scores for every batch entry and head. The defaults are
     1024 keys and as many queries as keep the float32 block within 64 MiB, at least 128. Differentiable in
     reverse mode only.
+
+    Args:
+      query: as in `dot_product_attention`, like all options.
+      inputs: arrays with one row a key, [*B, M, ...].
+      prepare: turns a chunk of each of `inputs` into keys [*B, m, G, D] and values [*B, m, G, Dv].
     """
     *batch, num_queries, num_heads, _ = query.shape
-    key_chunk = max(1, min(key_chunk_size or KEY_CHUNK, key.shape[-3]))
+    key_chunk = max(1, min(key_chunk_size or KEY_CHUNK, inputs[0].shape[len(batch)]))
     if query_chunk_size is None:
         row_bytes = 4 * key_chunk * num_heads * math.prod(batch)
         query_chunk_size = max(128, BLOCK_BYTES // row_bytes)
     scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
     rows = dropout.row_keys(dropout_rng, (*batch, num_heads, num_queries)) if dropout_rate else None
-    settings = _Settings(min(query_chunk_size, num_queries), key_chunk, logits_soft_cap, dropout_rate)
+    settings = _Settings(min(query_chunk_size, num_queries), key_chunk, logits_soft_cap, dropout_rate, prepare)
     bias = None if bias is None else jnp.atleast_2d(bias)
-    return _attend(settings, query, key, value, scale, bias, mask, rows)
+    return _attend(settings, query, inputs, scale, bias, mask, rows)
 
 
 def _chunks(length: int, size: int, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
@@ -79,23 +97,28 @@ def _chunks(length: int, size: int, body: Callable[[Any, Any, int], Any], carry:
     return body(carry, full * size, rest) if rest else carry
 
 
+def _take_rows(inputs: tuple, row_axis: int, start: Any, size: int) -> tuple:
+    return tuple(take(x, start, size, row_axis - x.ndim) for x in inputs)
+
+
 def _put(x: jax.Array, update: jax.Array, start: Any, axis: int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), start, axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    settings: _Settings, query: Any, key: Any, value: Any, scale: Any, bias: Any, mask: Any, rows: Any
+    settings: _Settings, query: Any, inputs: Any, scale: Any, bias: Any, mask: Any, rows: Any
 ) -> tuple[jax.Array, jax.Array]:
     *batch, num_queries, num_heads, _ = query.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
+    _, value = jax.eval_shape(settings.prepare, *inputs)
 
     def query_chunk(carry, n, height):
         out, lse = carry
         q = take(query, n, height, -3)
 
         def key_chunk(partial, m, width):
-            k, v = (take(x, m, width, -3) for x in (key, value))
+            k, v = settings.prepare(*_take_rows(inputs, len(batch), m, width))
             block = _block(bias, mask, rows, n, height, m, width)
             weights, lse = softmax(settings.scores(q, k, scale, block.bias, block.mask))
             weights = settings.drop(weights, block.rows, block.columns)
@@ -105,7 +128,7 @@ def _attend(
             jnp.zeros((*batch, height, num_heads, value.shape[-1]), dtype),
             jnp.full((*batch, num_heads, height), -jnp.inf, dtype),
         )
-        chunk_out, chunk_lse = _chunks(key.shape[-3], settings.key_chunk, key_chunk, nothing)
+        chunk_out, chunk_lse = _chunks(inputs[0].shape[len(batch)], settings.key_chunk, key_chunk, nothing)
         return _put(out, chunk_out, n, -3), _put(lse, chunk_lse, n, -1)
 
     empty = (
@@ -139,50 +162,52 @@ def _forward(settings: _Settings, *inputs: Any) -> tuple[Any, Any]:
 
 
 def _backward(settings: _Settings, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
-    query, key, value, scale, bias, mask, rows, out, lse = residuals
+    query, inputs, scale, bias, mask, rows, out, lse = residuals
     d_out, d_lse = cotangents
+    row_axis = query.ndim - 3
     # With p = exp(s - lse):  ds = p (d_out v^T - d_out o + d_lse). A row without keys has p = 0 throughout.
     shift = d_lse - jnp.einsum("...nhd,...nhd->...hn", d_out, out, preferred_element_type=lse.dtype)
     some = jnp.isfinite(lse)
     lse, shift = jnp.where(some, lse, 0), jnp.where(some, shift, 0)
 
     def key_chunk(carry, m, width):
-        d_query, d_key, d_value, d_scale, d_bias = carry
-        k, v = (take(x, m, width, -3) for x in (key, value))
+        d_query, d_inputs, d_scale, d_bias = carry
+        chunk = _take_rows(inputs, row_axis, m, width)
 
         def query_chunk(carry, n, height):
-            d_query, d_k, d_v, d_scale, d_bias = carry
+            d_query, d_chunk, d_scale, d_bias = carry
             block = _block(bias, mask, rows, n, height, m, width)
 
-            def contribution(q, k, v, scale, bias):
+            def contribution(q, chunk, scale, bias):
+                k, v = settings.prepare(*chunk)
                 scores = settings.scores(q, k, scale, bias, block.mask)
                 weights = jnp.exp(scores - take(lse, n, height, -1)[..., None])
                 dropped = settings.drop(weights, block.rows, block.columns)
                 return weighted_sum(dropped, v, lse.dtype), jnp.sum(weights, axis=-1)
 
             q, d_o = (take(x, n, height, -3) for x in (query, d_out))
-            _, pull = jax.vjp(contribution, q, k, v, scale, block.bias)
-            d_q, d_k_part, d_v_part, d_s, d_b = pull((d_o.astype(lse.dtype), take(shift, n, height, -1)))
+            _, pull = jax.vjp(contribution, q, chunk, scale, block.bias)
+            d_q, d_part, d_s, d_b = pull((d_o.astype(lse.dtype), take(shift, n, height, -1)))
             d_query = _put(d_query, take(d_query, n, height, -3) + d_q, n, -3)
             d_bias = None if d_bias is None else _add_block(d_bias, d_b, n, m)
-            return d_query, d_k + d_k_part, d_v + d_v_part, d_scale + d_s, d_bias
+            return d_query, jax.tree.map(jnp.add, d_chunk, d_part), d_scale + d_s, d_bias
 
-        zeros = (jnp.zeros(k.shape, lse.dtype), jnp.zeros(v.shape, lse.dtype))
-        d_query, d_k, d_v, d_scale, d_bias = _chunks(
-            query.shape[-3], settings.query_chunk, query_chunk, (d_query, *zeros, d_scale, d_bias)
+        zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in chunk)
+        d_query, d_chunk, d_scale, d_bias = _chunks(
+            query.shape[-3], settings.query_chunk, query_chunk, (d_query, zeros, d_scale, d_bias)
         )
-        return d_query, _put(d_key, d_k, m, -3), _put(d_value, d_v, m, -3), d_scale, d_bias
+        d_inputs = tuple(_put(x, d_x, m, row_axis) for x, d_x in zip(d_inputs, d_chunk, strict=True))
+        return d_query, d_inputs, d_scale, d_bias
 
     carry = (
         jnp.zeros(query.shape, lse.dtype),
-        jnp.zeros_like(key),
-        jnp.zeros_like(value),
+        jax.tree.map(jnp.zeros_like, inputs),
         jnp.zeros_like(scale),
         None if bias is None else jnp.zeros(bias.shape, lse.dtype),
     )
-    d_query, d_key, d_value, d_scale, d_bias = _chunks(key.shape[-3], settings.key_chunk, key_chunk, carry)
+    d_query, d_inputs, d_scale, d_bias = _chunks(inputs[0].shape[row_axis], settings.key_chunk, key_chunk, carry)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return d_query.astype(query.dtype), d_key, d_value, d_scale, d_bias, None, None
+    return d_query.astype(query.dtype), d_inputs, d_scale, d_bias, None, None
 
 
 def _add_block(x: jax.Array, update: jax.Array, n: Any, m: Any) -> jax.Array:
