@@ -87,10 +87,9 @@ print(jax.jit(model.apply)(variables, images).shape)
 # %%
 config = load_config("crossvit/letters")
 config.model.patch_sizes = (4, 16)
-config.num_steps = 200
-config.optimizer.schedule.warmup_steps = 20
+config.num_steps = 400
 config.log_every = 100
-config.validation.every = 200
+config.validation.every = 400
 results = train(config, runs / "letters")
 print(f"test accuracy {100 * results['letters']['accuracy']:.1f} %, chance is 1 %")
 
