@@ -1,6 +1,7 @@
 """CrossViT on 100 letters, embedded: the ways to fuse the branches, small enough for two CPU cores.
 
-The images have 32 x 32 pixels; the fine branch cuts them into 64 patches of 4 x 4, the coarse one into 16 of 8 x 8.
+The images have 32 x 32 pixels; the fine branch cuts them into 16 patches of 8 x 8, the coarse one into 4 of 16 x 16.
+Widths and heads are those of CrossViT-Ti.
 """
 
 from typing import Any
@@ -20,9 +21,9 @@ def get_config(arg: str = "") -> ConfigDict:
             name="crossvit",
             num_classes=100,
             image_sizes=(32, 32),
-            patch_sizes=(4, 8),
-            features=(32, 64),
-            num_heads=(2, 2),
+            patch_sizes=(8, 16),
+            features=(96, 192),
+            num_heads=(3, 3),
             depths=(1, 2),
             num_stages=2,
             mlp_ratio=2.0,
@@ -30,19 +31,19 @@ def get_config(arg: str = "") -> ConfigDict:
             drop_path_rate=0.05,
         ),
         task=dict(name="classification", label_smoothing=0.1, mean=0.15, std=0.3),
-        data=dict(name="letters", jitter="mild"),
+        data=dict(name="letters", jitter="default"),
         # A mirrored letter is another one: what changes the images here are the maps that they are drawn with.
         pipeline=dict(name="examples", batch_size=64, repeats=1, transforms=dict()),
         pretrained="",
         optimizer=dict(
             name="adamw",
-            learning_rate=4e-3,
+            learning_rate=1e-3,
             weight_decay=0.05,
             decay="kernels",
             clip_norm=1.0,
             schedule=dict(name="cosine", warmup_steps=50),
         ),
-        num_steps=900,
+        num_steps=800,
         accumulate_steps=1,
         ema_decay=0.99,
         max_skipped=5,
@@ -50,9 +51,9 @@ def get_config(arg: str = "") -> ConfigDict:
         dtype="float32",
         mesh=dict(data=1, fsdp=1, tensor=1, sequence=1),
         log_every=20,
-        checkpoint=dict(every=450, keep=1),
+        checkpoint=dict(every=400, keep=1),
         preempt_exit_code=0,
-        validation=dict(name="classification", split="val", num_examples=1000, every=450, metric=None),
+        validation=dict(name="classification", split="val", num_examples=1000, every=400, metric=None),
         evals=dict(letters=dict(name="classification", split="test", num_examples=None)),
     )
     if arg == "smoke":
