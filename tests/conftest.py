@@ -18,16 +18,14 @@ import jax
 import pytest
 from absl import flags
 
-from xattn.config import cache_dir
+from xattn.config import cache_compiled_programs
 
 
 def pytest_configure() -> None:
     # grain reads absl flags when it starts workers.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "tests"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    cache_compiled_programs("tests")
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags, logging
 
 from xattn import analysis, data, evals, models, tasks, train
 from xattn.checkpoints import DamagedCheckpoint
-from xattn.config import UsageError, cache_dir, config_names, lookup, parse_config
+from xattn.config import UsageError, cache_compiled_programs, config_names, lookup, parse_config
 from xattn.data.prepare import PREPARATIONS
 from xattn.interop.convert import convert
 
@@ -73,9 +72,7 @@ def _parse(
     logging.set_verbosity(logging.INFO if values.verbose else logging.WARNING)
     if values.cache_dir:
         os.environ["XATTN_CACHE"] = values.cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    cache_compiled_programs()
     return values, name, config
 
 

@@ -69,6 +69,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xattn"
 
 
+def cache_compiled_programs(folder: str = "compiled") -> None:
+    """Makes JAX keep every compiled program in a folder of `cache_dir`.
+
+    The environment variable JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    """
+    import jax  # not above: reading a config needs none of it
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / folder))
+    # By default only what took a second to compile is kept, and a program is many small ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def configs_dir() -> Path:
     """Where the named configs are: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ from rich.table import Table
 import xattn
 from xattn import data, tasks
 from xattn.analysis.inspect import inspect
-from xattn.config import Config, cache_dir, load_config
+from xattn.config import Config, cache_compiled_programs, load_config
 from xattn.evals.fewshot import half_width
 from xattn.train import train
 
@@ -44,7 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def main(_: list[str]) -> None:
     """Trains, compares image by image, prints the table and draws the picture."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    logging.set_verbosity(logging.WARNING)
+    cache_compiled_programs()
     workdir = Path(WORKDIR.value)
     runs = {name: [run(name, seed, workdir) for seed in range(SEEDS.value)] for name in MODELS}
     correct = {name: np.array([row["both"] for row in rows]) for name, rows in runs.items()}  # [seed, image]

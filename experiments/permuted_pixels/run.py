@@ -7,15 +7,14 @@ Prints a table and writes permuted_pixels.png into the workdir. The same command
 
 from pathlib import Path
 
-import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from xattn import data
-from xattn.config import cache_dir, load_config
+from xattn.config import cache_compiled_programs, load_config
 from xattn.evals.fewshot import half_width
 from xattn.train import train
 
@@ -27,7 +26,8 @@ VARIANTS = {"digits": "as they are", "digits_permuted": "permuted"}
 
 def main(_: list[str]) -> None:
     """Trains, compares image by image, prints the table and draws the picture."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    logging.set_verbosity(logging.WARNING)
+    cache_compiled_programs()
     workdir = Path(WORKDIR.value)
     correct = np.array([[run(variant, seed, workdir) for variant in VARIANTS] for seed in range(SEEDS.value)])
 

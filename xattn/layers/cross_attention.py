@@ -1,7 +1,7 @@
 """Multi-head attention of one sequence over another, or over itself, as one Linen module."""
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import flax.linen as nn
 import jax
@@ -40,8 +40,14 @@ class Projection(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
 
+    @overload
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]: ...
+
+    @overload
+    def __call__(self, x: Float[Array, "..."], *, as_affine: Literal[True]) -> Affine: ...
+
     @nn.compact
-    def __call__(self, x: Float[Array, "..."], as_affine: bool = False) -> Float[Array, "..."] | Affine:
+    def __call__(self, x: Float[Array, "..."], *, as_affine: bool = False) -> Float[Array, "..."] | Affine:
         """The projection of `x`, or with `as_affine` only the parameters that it would be projected with."""
         contracted = len(self.axes) - len(self.features)
         inputs = x.shape[-contracted:]
@@ -255,7 +261,7 @@ class CrossAttention(nn.Module):
             value = projection("value", num_kv_heads, v_width)(inputs_kv, as_affine=True)
             out = absorbed_attention(query, inputs_kv, key, value, norm=_as_norm(kv_norm), **scores, **dropped)
         else:
-            out = self._attend(query, *kv, energy, scores, **dropped)
+            out = self._attend(query, kv, energy, scores, **dropped)
 
         out = Projection(
             (self.out_features or inputs_q.shape[-1],),
@@ -270,16 +276,9 @@ class CrossAttention(nn.Module):
         return _constrain(out, "length", "act_embed")
 
     def _attend(
-        self,
-        query: Any,
-        key: Any,
-        value: Any,
-        energy: Any,
-        scores: dict[str, Any],
-        *,
-        dropout_rate: Any,
-        dropout_rng: Any,
+        self, query: Any, kv: Any, energy: Any, scores: dict[str, Any], *, dropout_rate: float, dropout_rng: Any
     ) -> Any:
+        key, value = kv
         if observed(self):
             if energy is None:
                 weights = attention_weights(query, key, **scores)
@@ -298,9 +297,9 @@ class CrossAttention(nn.Module):
     def _absorbs(self, inputs_q: Any, inputs_kv: Any, qk_width: int, v_width: int) -> bool:
         if self.is_initializing() or observed(self) or self.attention or self.normalize_qk or self.score != "dot":
             return False
-        heads = self.num_heads, self.num_kv_heads or self.num_heads
-        sizes = inputs_q.shape[-2], *inputs_kv.shape[-2:]
-        return absorbing_pays(*sizes, *heads, qk_width, v_width)
+        num_keys, channels = inputs_kv.shape[-2:]
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        return absorbing_pays(inputs_q.shape[-2], num_keys, channels, self.num_heads, num_kv_heads, qk_width, v_width)
 
     def _head_widths(self, inputs_q: Any) -> tuple[int, int]:
         """D and Dv, from the fields, the width of `inputs_q`, or the parameters that exist."""

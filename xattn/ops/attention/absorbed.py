@@ -82,7 +82,12 @@ def absorbed_attention(
     if large_scores(query, shared):
         options = {"logits_soft_cap": None, "dropout_rate": 0.0, "dropout_rng": None} | options
         mask = checked_mask(query, shared, shared, bias, mask, scale, options["dropout_rate"], options["dropout_rng"])
-        out, _ = chunked.attend_to(query, (inputs,), lambda x: (prepare(x),) * 2, mask=mask, **options)
+
+        def prepare_both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            rows = prepare(x)
+            return rows, rows
+
+        out, _ = chunked.attend_to(query, (inputs,), prepare_both, mask=mask, **options)
     else:
         shared = prepare(inputs)
         out = dot_product_attention(query, shared, shared, mask=mask, **options)
