@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.bench import WORKLOADS
+from xattn.bench import WORKLOADS, Request
 from xattn.bench.goals import ENOUGH, GOALS, Round, statistics, usable, verdict
 from xattn.train.optim import make_optimizer
 from xattn.train.state import TrainState
@@ -34,33 +34,6 @@ DEVICE_CALLS = 20
 """Calls in one sample on an accelerator, with one wait at their end: a single one is shorter than its launch."""
 TOLERANCE = {"f32": 2e-5, "bf16": 2e-2}
 """Largest difference from the reference row, relative to the largest value of the array."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the parent asks a child process to measure.
-
-    Attributes:
-      workload: a key of `WORKLOADS`.
-      suite: "quick" or "full".
-      mode: "two-core", "one-core" or "device".
-      threads: cores that the process may use.
-      budget_s: seconds of rounds for a block; at least five rounds are made.
-      peers: packages whose rows are measured; None for all that are installed.
-      dtype: "f32" or "bf16", of arrays and computation.
-      roofline: rates of the machine from `xattn.bench.roofline`.
-      sizes: keywords of the workload's `cases` that replace its sizes.
-    """
-
-    workload: str
-    suite: str = "full"
-    mode: str = "two-core"
-    threads: int = 2
-    budget_s: float = 20.0
-    peers: Sequence[str] | None = None
-    dtype: str = "f32"
-    roofline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Program(NamedTuple):
@@ -245,8 +218,9 @@ def run_case(case: Case, request: Request) -> dict[str, Any]:
         work = works[name] or case.work
         floor_ms = floor(work, found[name]["dtype"], request.roofline)
         result, program = statistics(used, name, baseline or name, request.mode), programs[name]
-        result |= {"gflops": work.flops / result["med_ms"] / 1e6} if work.flops else {}
-        result |= {"frac_of_floor": floor_ms / result["med_ms"]} if floor_ms else {}
+        spent = result["cpu_ms" if request.mode == "one-core" else "med_ms"]
+        result |= {"gflops": work.flops / spent / 1e6} if work.flops else {}
+        result |= {"frac_of_floor": floor_ms / spent} if floor_ms else {}
         result |= {"compile_s": program.compile_s, "temp_mb": program.temp_mb, **program.extra()}
         result |= {"peak_mb": peak_mb(request, case.title, name)} if case.memory else {}
         found[name] |= result | {"rounds": len(used), "foreign_load": foreign}
@@ -288,7 +262,7 @@ def _statuses(result: dict[str, Any]) -> Any:
 
 
 def _agree(rows: Sequence[Row], programs: dict[str, Program], found: dict[str, Any], request: Request) -> None:
-    """Calls each program twice, which warms it up, and marks those that differ from the first reference of the group."""
+    """Warms each program up by two calls, and marks those that differ from the first reference of their group."""
     first: dict[str, Any] = {}
     for row in sorted(rows, key=lambda row: row.kind != "reference"):
         program, result = programs[row.name], found[row.name]
@@ -332,7 +306,7 @@ def peak_mb(request: Request, title: str, name: str) -> float | None:
         return None
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     code = "import sys; from xattn.bench import measure; measure.print_peak(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(request)), title, name]
+    command = [sys.executable, "-c", code, request.to_json(), title, name]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 

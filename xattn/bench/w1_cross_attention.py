@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.bench import peers
-from xattn.bench.measure import Case, Program, Request, Row, Work, jitted
+from xattn.bench import Request, peers
+from xattn.bench.measure import Case, Program, Row, Work, jitted
 from xattn.layers.cross_attention import CrossAttention
 from xattn.ops.attention import dot_product_attention
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from xattn import interop
-from xattn.bench import peers
-from xattn.bench.measure import Case, Program, Request, Row, Work, jitted
+from xattn.bench import Request, peers
+from xattn.bench.measure import Case, Program, Row, Work, jitted
 from xattn.interop import hf_perceiver
 from xattn.layers.perceiver import CrossAttend
 from xattn.models import build

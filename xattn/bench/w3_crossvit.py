@@ -9,8 +9,8 @@ import numpy as np
 
 from xattn import interop
 from xattn.analysis.flops import count_flops
-from xattn.bench import peers
-from xattn.bench.measure import Case, Program, Request, Row, Work, jitted, training
+from xattn.bench import Request, peers
+from xattn.bench.measure import Case, Program, Row, Work, jitted, training
 from xattn.models import build
 from xattn.tasks.classification import Classification
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from xattn.bench import peers
-from xattn.bench.measure import Case, Program, Request, Row, Work, jitted
+from xattn.bench import Request, peers
+from xattn.bench.measure import Case, Program, Row, Work, jitted
 from xattn.layers.cross_attention import CrossAttention
 from xattn.layers.vit import Block, Mlp, layer_norm
 

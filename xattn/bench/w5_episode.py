@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xattn.analysis.flops import count_flops
-from xattn.bench import peers
-from xattn.bench.measure import Case, Program, Request, Row, Work, jitted, training
+from xattn.bench import Request, peers
+from xattn.bench.measure import Case, Program, Row, Work, jitted, training
 from xattn.models import build
 from xattn.models.qsformer import VARIANTS
 from xattn.tasks.fewshot import FewShot
