@@ -4,6 +4,7 @@ A round calls every program once, in an order drawn anew, with a pause of 4 ms b
 off. What is compared are the times of one round, so that a machine that gets slower or is shared slows all of them.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import gc
@@ -12,8 +13,10 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -151,6 +154,13 @@ def training(
         return metrics["loss"]
 
     return Program(run, compile_s=seconds, temp_mb=temp_mb)
+
+
+def scratch_folder() -> Path:
+    """A new folder, which is gone when this process ends."""
+    folder = tempfile.mkdtemp(prefix="xattn_bench_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def cores() -> int:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         suite=arguments.suite,
         mode=mode,
         threads=_threads(mode, arguments.threads),
-        budget_s=arguments.budget_s,
+        budget_s=arguments.budget_s or (3.0 if arguments.suite == "quick" else 20.0),
         peers=peers,
         dtype=arguments.dtype,
     )
@@ -56,7 +56,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="W1,W2", help="these workloads")
     parser.add_argument("--mode", choices=MODES, help="default: device where there is one; for quick, one-core")
     parser.add_argument("--threads", type=int, metavar="N", help="cores instead of two, in two-core mode")
-    parser.add_argument("--budget-s", type=float, default=20.0, metavar="S", help="seconds of rounds a block, least 5")
+    parser.add_argument(
+        "--budget-s", type=float, metavar="S", help="of rounds a block: 20, for quick 3; 5 rounds least"
+    )
     parser.add_argument("--peers", default="auto", metavar="auto|none|torch,timm,hf,flax", help="packages to compare")
     parser.add_argument("--dtype", choices=DTYPES, default="f32", help="of arrays and computation")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there too")
@@ -149,12 +151,12 @@ def run(
 
 
 def _child(module: str, argument: str, request: Request) -> Any:
-    """What the function `child` of a module of this package leaves in a file: its libraries may print as they like."""
+    """What the function `child` of a module of this package leaves in a file; what it prints goes to stderr."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         code = f"import sys; from xattn.bench.{module} import child; child(*sys.argv[1:])"
         command = [sys.executable, "-c", code, argument, str(answer)]
-        subprocess.run(command, env=environment(request.mode, request.threads), stdout=sys.stderr, check=True)
+        subprocess.run(command, env=environment(request.mode, request.threads), stdout=2, check=True)
         return json.loads(answer.read_text())
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from xattn.bench import Request, peers
 from xattn.bench.measure import Case, Program, Row, Work, jitted
 from xattn.layers.cross_attention import CrossAttention
-from xattn.layers.vit import Block, Mlp, layer_norm
+from xattn.layers.transformer import layer_norm
+from xattn.layers.vit import Block, Mlp
 
 
 class Joint(nn.Module):
@@ -49,7 +50,7 @@ class CrossOnly(nn.Module):
 
         self.own, self.cross = attentions(), attentions()
         self.mlp = [Mlp(4.0, dtype=self.dtype) for _ in range(self.num_layers)]
-        self.norm = [layer_norm(None, self.dtype) for _ in range(3 * self.num_layers)]  # pyright: ignore
+        self.norm = [layer_norm(dtype=self.dtype) for _ in range(3 * self.num_layers)]
 
     def project_kv(self, image: Float[Array, "B M C"]) -> list[tuple[Array, Array]]:
         """Keys and values [B, M, H, D] of every layer."""
@@ -97,7 +98,7 @@ def cases(
 
     def cross_layers(lib: Any, p: Any, x: Any, kvs: Any) -> Any:
         def normed(i: int, x: Any) -> Any:
-            return lib.layer_norm(x, p[f"norm_{i}"], 1e-6)
+            return lib.layer_norm(x, p[f"norm_{i}"], 1e-5)
 
         for i, kv in enumerate(kvs):
             x = x + attend(lib, p[f"own_{i}"], normed(3 * i, x))

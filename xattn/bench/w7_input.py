@@ -6,7 +6,6 @@ the way before it ended; times are those of one image.
 """
 
 import io
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from PIL import Image
 
 from xattn import data
 from xattn.bench import Request
-from xattn.bench.measure import Case, Program, Row
+from xattn.bench.measure import Case, Program, Row, scratch_folder
 from xattn.data.textures import Texture
 from xattn.data.timm_augment import TimmRandAugment
 from xattn.data.transforms import draw_crop
@@ -101,15 +100,14 @@ def cases(
     request: Request, images: int = 128, seconds: float = 2.0, batch_size: int = 64, size: int = 224
 ) -> list[Case]:
     """The blocks: crops alone, and with timm's RandAugment. `images` files are read over and over."""
-    folder = tempfile.TemporaryDirectory()
-    write_images(Path(folder.name), images)
+    folder = scratch_folder()
+    write_images(folder, images)
 
     def block(title: str, num_layers: int) -> Case:
-        ways = streams(Path(folder.name), num_layers, request.threads, batch_size, size)
+        ways = streams(folder, num_layers, request.threads, batch_size, size)
 
         def row(name: str, stream: Stream) -> Row:
             def sample() -> tuple[float, float]:
-                assert folder.name  # which stays as long as somebody reads it
                 return image_seconds(stream, seconds, warm_up=2 * request.threads)
 
             return Row(name, "reference" if name == PLAIN else "ours", lambda: Program(sample=sample))

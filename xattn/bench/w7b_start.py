@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from xattn.bench import Request
-from xattn.bench.measure import Case, Program, Row
+from xattn.bench.measure import Case, Program, Row, scratch_folder
 
 
 def cases(request: Request, depth: int = 12, width: int = 192, batch: int = 8, tokens: int = 196) -> list[Case]:
     """The block."""
-    folder = tempfile.TemporaryDirectory()
+    folder = scratch_folder()
 
     def row(name: str, kind: str) -> Row:
         model = {"depth": depth, "num_heads": 3, "shape": (batch, tokens, width), "scan": name.startswith("scan")}
-        filled = Path(folder.name, "scan" if model["scan"] else "loop") if name.endswith("cached") else None
+        filled = folder / name.partition(",")[0] if name.endswith("cached") else None
         recompiled = []
 
         def sample() -> tuple[float, float]:
