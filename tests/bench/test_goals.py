@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 
 import numpy as np
 import pytest
@@ -108,7 +109,5 @@ def test_goals_of_the_accelerator_name_its_rows():
 
 def test_request_survives_json():
     request = Request("W1", peers=["torch"], roofline={"f32_flops": 1.0}, sizes={"batch": 1})
-    import json
-
     assert Request(**json.loads(request.to_json())) == request
     assert dataclasses.replace(request, workload="W2").workload == "W2"

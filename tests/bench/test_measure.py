@@ -3,7 +3,6 @@
 import importlib
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,16 +121,10 @@ def test_blocks_have_the_keys_of_the_schema(workload, monkeypatch):
                 *("gflops", "frac_of_floor", "temp_mb", "compile_s", "rounds", "foreign_load"),
             } <= set(row)
             assert row["kind"] != "ours" or "max_err" in row
-            assert ("peak_mb" in row) == (workload == "W2")
+            assert ("peak_mb" in row) == (workload == "W2" and row["kind"] == "ours")
         for goal in block["goals"]:
             assert set(goal) == {"row", "vs", "metric", "max", "value", "verdict"}
             assert goal["verdict"] in ("pass", "fail", "noisy", "n/a")
-
-
-def test_a_step_that_uses_cached_keys_and_values_does_not_project_the_context():
-    case = importlib.import_module(WORKLOADS["W1"]).cases(REQUEST, **SIZES["W1"])[1]
-    program = next(row for row in case.rows if row.name == "xattn").make()
-    assert case.title == "cached K/V" and jax.tree.leaves(program.run())[0].shape == (1, 16, 8)
 
 
 def test_peak_is_that_of_the_second_call(capsys):

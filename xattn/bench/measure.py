@@ -102,7 +102,7 @@ class Case:
       rows: ours first.
       baseline: names of rows in the order in which they are preferred as ratio 1.
       work: of the task.
-      memory: whether peak memory is measured too, in a fresh process for each row.
+      memory: whether peak memory is measured too, in a fresh process for each row; of ours alone in the quick suite.
     """
 
     title: str
@@ -232,7 +232,8 @@ def run_case(case: Case, request: Request) -> dict[str, Any]:
         result |= {"gflops": work.flops / spent / 1e6} if work.flops else {}
         result |= {"frac_of_floor": floor_ms / spent} if floor_ms else {}
         result |= {"compile_s": program.compile_s, "temp_mb": program.temp_mb, **program.extra()}
-        result |= {"peak_mb": peak_mb(request, case.title, name)} if case.memory else {}
+        if case.memory and (request.suite == "full" or found[name]["kind"] == "ours"):
+            result["peak_mb"] = peak_mb(request, case.title, name)
         found[name] |= result | {"rounds": len(used), "foreign_load": foreign}
     on = "device" if request.mode == "device" else "cpu"
     goals = [goal for goal in GOALS if (goal.workload, goal.case, goal.on) == (request.workload, case.title, on)]

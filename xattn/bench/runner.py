@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         threads=_threads(mode, arguments.threads),
         budget_s=arguments.budget_s or (3.0 if arguments.suite == "quick" else 20.0),
         peers=peers,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or ("bf16" if mode == "device" else "f32"),
     )
     report = run(request, chosen, arguments.json)
     return exit_code(report) if arguments.check else int(any("error" in block for block in report["workloads"]))
@@ -60,7 +60,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--budget-s", type=float, metavar="S", help="of rounds a block: 20, for quick 3; 5 rounds least"
     )
     parser.add_argument("--peers", default="auto", metavar="auto|none|torch,timm,hf,flax", help="packages to compare")
-    parser.add_argument("--dtype", choices=DTYPES, default="f32", help="of arrays and computation")
+    parser.add_argument("--dtype", choices=DTYPES, help="of arrays and computation: f32, on a device bf16")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there too")
     parser.add_argument("--check", action="store_true", help="exit with 1 for a missed goal, with 2 for noise alone")
     return parser.parse_args(argv)
