@@ -1,8 +1,8 @@
 """What ours is compared with: the same layers in plain jax.numpy and in torch, written once over both.
 
 A library is a namespace of `params` (a Linen parameter tree to its own arrays, kernels flattened to two axes), `array`,
-`linear`, `layer_norm`, `gelu` and `attend` (query [B, N, H, D], key and value [B, M, H, D] to [B, N, H, D]). Layers
-take the library first.
+`linear`, `layer_norm`, `gelu`, `attend` (query [B, N, H, D], key and value [B, M, H, D] to [B, N, H, D]), `program` (a
+function and its arguments to a `Program`) and `gradients`. Layers take the library first.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Float
 
-from xattn.bench.measure import Program
+from xattn.bench.measure import Program, Row, jitted
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -66,8 +66,8 @@ def flatten(params: Mapping[str, Any], make: Callable[[Any], Any], transpose: bo
     return flat
 
 
-def jnp_library(attend: Callable[..., Any] = plain_attention, dtype: str = "f32") -> SimpleNamespace:
-    """jax.numpy."""
+def jnp_library(dtype: str = "f32", attend: Callable[..., Any] = plain_attention) -> SimpleNamespace:
+    """jax.numpy with an attention function."""
 
     def layer_norm(x: Any, p: Any, epsilon: float) -> Any:
         wide = x.astype(jnp.float32)
@@ -82,7 +82,21 @@ def jnp_library(attend: Callable[..., Any] = plain_attention, dtype: str = "f32"
         layer_norm=layer_norm,
         gelu=lambda x, approximate: jax.nn.gelu(x, approximate=approximate),
         attend=attend,
+        program=jitted,
+        gradients=gradients,
     )
+
+
+def gradients(function: Callable[..., Any], towards: Any, params: Any, *arguments: Any) -> Program:
+    """The program that pulls `towards` back through `function(params, *arguments)`."""
+
+    def run(towards: Any, *arguments: Any) -> Any:
+        return jax.vjp(function, *arguments)[1](towards)
+
+    def view(outputs: Any) -> Any:
+        return [(flatten(p, lambda x: x), *others) for p, *others in outputs]
+
+    return jitted(run, towards, params, *arguments, view=view)
 
 
 def array_of(dtype: str) -> Callable[[Any], jax.Array]:
@@ -116,18 +130,37 @@ def torch_library(dtype: str = "f32") -> SimpleNamespace:
         layer_norm=lambda x, p, epsilon: functional.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], epsilon),
         gelu=lambda x, approximate: functional.gelu(x, approximate="tanh" if approximate else "none"),
         attend=lambda *qkv: sdpa(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2),
+        program=torch_program,
+        gradients=torch_gradients,
     )
 
 
-def torch_run(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` without gradients, to the end of its work."""
+def torch_program(function: Callable[..., Any], *arguments: Any) -> Program:
+    """The program `function(*arguments)` without gradients."""
     torch = torch_package()
 
     def run() -> Any:
         with torch.inference_mode():
-            return finished(function())
+            return finished(function(*arguments))
 
-    return run
+    return Program(run, from_torch)
+
+
+def torch_gradients(function: Callable[..., Any], towards: Any, *arguments: Any) -> Program:
+    """As `gradients`."""
+    torch = torch_package()
+    leaves, treedef = jax.tree.flatten(arguments)
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def run() -> Any:
+        return finished(torch.autograd.grad(function(*arguments), leaves, towards))
+
+    def view(outputs: Any) -> Any:
+        trees = [jax.tree.unflatten(treedef, from_torch(grads)) for grads in outputs]
+        return [(flatten(p, lambda x: x, transpose=True), *others) for p, *others in trees]
+
+    return Program(run, view)
 
 
 def torch_training(module: Any, optimizer: Any, loss_of: Any) -> Program:
@@ -162,6 +195,16 @@ def load(module: Any, state_dict: Mapping[str, np.ndarray], dtype: str = "f32") 
     module.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in state_dict.items()})
     some = tensor(np.zeros(()))
     return module.to(some.device, some.dtype)
+
+
+def rows(make: Callable[[Any], Program], dtype: str) -> list[Row]:
+    """The rows of a program that is written over a library."""
+    jax_nn = jax.nn.dot_product_attention
+    return [
+        Row("plain jnp", "reference", lambda: make(jnp_library(dtype))),
+        Row("jax.nn.dot_product_attention", "reference", lambda: make(jnp_library(dtype, jax_nn))),
+        Row("torch sdpa", "peer", lambda: make(torch_library(dtype)), package="torch"),
+    ]
 
 
 def heads(lib: Any, p: Any, x: Any, num_heads: int) -> Any:

@@ -32,14 +32,11 @@ def cases(
     device, dtype = request.mode == "device", request.dtype
     batch, itemsize = batch or (64 if device else 2), 2 if dtype == "bf16" else 4
     array = peers.array_of(dtype)
-    x, text, towards = (
-        peers.normal(batch, *shape, seed=seed)
-        for seed, shape in enumerate([(queries, width), (keys, context), (queries, width)])
-    )
+    x, towards = (peers.normal(batch, queries, width, seed=seed) for seed in (0, 1))
+    text = peers.normal(batch, keys, context, seed=2)
     model = CrossAttention(num_heads, qk_features=width, use_bias=False, out_bias=True)
     params = peers.variables(model, x, text)["params"]
-    plain, jax_nn = peers.jnp_library(dtype=dtype), peers.jnp_library(jax.nn.dot_product_attention, dtype)
-    references = {"plain jnp": plain, "jax.nn.dot_product_attention": jax_nn}
+    arguments = (jax.tree.map(array, params), array(x), array(text))
 
     def ours(**precision: Any) -> Callable[..., Any]:
         layer = model.clone(**precision)
@@ -51,167 +48,98 @@ def cases(
         full = {key: {"bias": zeros} | value for key, value in params.items()}
         return nn.MultiHeadDotProductAttention(num_heads, qkv_features=width).apply({"params": full}, x, text)
 
-    def reference(lib: Any) -> Callable[..., Any]:
-        def layer(params: Any, x: Any, text: Any) -> Any:
+    def layer(lib: Any) -> tuple[Any, ...]:
+        def function(params: Any, x: Any, text: Any) -> Any:
             return peers.attention(lib, params, x, peers.keys_values(lib, params, text, num_heads), num_heads)
 
-        return layer
-
-    in_jax = (jax.tree.map(array, params), array(x), array(text))
-    flat = (plain.params(params), array(x), array(text))
-
-    def forward(function: Callable, arguments: tuple = in_jax) -> Callable[[], Program]:
-        return lambda: jitted(function, *arguments)
-
-    def torch_forward() -> Program:
-        lib = peers.torch_library(dtype)
-        arguments = (lib.params(params), lib.array(x), lib.array(text))
-        return Program(peers.torch_run(lambda: reference(lib)(*arguments)), peers.from_torch)
+        return function, lib.params(params), lib.array(x), lib.array(text)
 
     def torch_module() -> Program:
-        torch, lib = peers.torch_package(), peers.torch_library(dtype)
-        module = torch.nn.MultiheadAttention(width, num_heads, kdim=context, vdim=context, batch_first=True)
+        lib = peers.torch_library(dtype)
+        module = peers.torch_package().nn.MultiheadAttention(
+            width, num_heads, kdim=context, vdim=context, batch_first=True
+        )
         p = peers.flatten(params, np.asarray, transpose=True)
         state = {f"{name[0]}_proj_weight": p[name]["kernel"] for name in ("query", "key", "value")}
         state |= {f"out_proj.{end}": p["out"][name] for end, name in (("weight", "kernel"), ("bias", "bias"))}
         module = peers.load(module, state | {"in_proj_bias": np.zeros(3 * width)}, dtype)
-        asks, reads = lib.array(x), lib.array(text)
-        run = peers.torch_run(lambda: module(asks, reads, reads, need_weights=False)[0])
-        return Program(run, peers.from_torch)
+        return lib.program(lambda x, text: module(x, text, text, need_weights=False)[0], lib.array(x), lib.array(text))
 
-    core, cache = batch * num_heads * queries * keys, 2 * batch * keys * width
-    projections = 4 * batch * queries * width**2
-    weights, tokens = 2 * width**2 + 2 * context * width, 2 * batch * queries * width
-    attend = 4 * batch * queries * keys * width
-    made = projections + 4 * batch * keys * context * width + attend
-    moved = weights + tokens + batch * keys * context
-    shape = f"B{batch} {queries}x{width} <- {keys}x{context}, {num_heads} heads of {width // num_heads}"
-    baseline = ("torch sdpa", "plain jnp")
-    bf16: dict[str, Any] = dict(tolerance=1e-2, dtype="bf16")
-    torch: dict[str, Any] = dict(package="torch")
-    whole = Case(
-        "forward",
-        shape,
-        [
-            Row("xattn", "ours", forward(ours())),
-            # The place for products in bfloat16 that are summed in float32, once the core has them as a mode.
-            Row("xattn bf16", "ours", forward(ours(dtype=jnp.bfloat16)), **bf16),
-            *(Row(name, "reference", forward(reference(lib), flat)) for name, lib in references.items()),
-            Row("flax MHDPA", "reference", forward(flax)),
-            Row("torch sdpa", "peer", torch_forward, **torch),
-            Row("torch nn.MultiheadAttention", "peer", torch_module, **torch),
-        ],
-        baseline,
-        Work(made, core, itemsize * moved),
-    )
-
-    def cached_ours() -> Program:
-        params, x, text = in_jax
+    def ours_cached() -> Program:
+        params, x, text = arguments
         kv = model.apply({"params": params}, text, method="project_kv")
         return jitted(lambda params, x, kv: model.apply({"params": params}, x, kv=kv), params, x, kv)
 
-    def cached(lib: Any) -> Callable[[], Program]:
-        params, x, text = flat
-        kv = peers.keys_values(lib, params, text, num_heads)
-        return lambda: jitted(lambda params, x, kv: peers.attention(lib, params, x, kv, num_heads), params, x, kv)
-
-    def torch_cached() -> Program:
-        lib = peers.torch_library(dtype)
-        p, asks = lib.params(params), lib.array(x)
+    def cached(lib: Any) -> Program:
+        p = lib.params(params)
         kv = peers.keys_values(lib, p, lib.array(text), num_heads)
-        return Program(peers.torch_run(lambda: peers.attention(lib, p, asks, kv, num_heads)), peers.from_torch)
+        return lib.program(lambda p, x, kv: peers.attention(lib, p, x, kv, num_heads), p, lib.array(x), kv)
 
-    reused = Case(
-        "cached K/V",
-        shape,
-        [
-            Row("xattn", "ours", cached_ours),
-            *(Row(name, "reference", cached(lib)) for name, lib in references.items()),
-            Row("torch sdpa", "peer", torch_cached, **torch),
-        ],
-        baseline,
-        Work(projections + attend, core, itemsize * (2 * width**2 + tokens + cache)),
-    )
+    def gradients(lib: Any) -> Program:
+        function, *arguments = layer(lib)
+        return lib.gradients(function, lib.array(towards), *arguments)
 
-    head = width // num_heads
-    qkv = [peers.normal(batch, n, num_heads, head, seed=n) for n in (queries, keys, keys + 1)]
-    qkv[2] = qkv[2][:, :keys]
-    alone = Case(
-        "core",
-        f"B{batch} H{num_heads} {queries} <- {keys}, D{head}",
-        _core_rows(qkv, request),
-        baseline,
-        Work(attend, core, itemsize * (tokens + cache)),
-    )
+    attend, exps = 4 * batch * queries * keys * width, batch * num_heads * queries * keys
+    projections, kv_projections = 4 * batch * queries * width**2, 4 * batch * keys * context * width
+    tokens, cache = 2 * batch * queries * width, 2 * batch * keys * width
+    moved = itemsize * (2 * width**2 + 2 * context * width + tokens + batch * keys * context)
+    whole = Work(projections + kv_projections + attend, exps, moved)
+    step = Work(projections + attend, exps, itemsize * (2 * width**2 + tokens + cache))
+    backward = Work(3 * whole.flops, exps, 2 * moved)
 
-    def gradients(function: Callable, arguments: tuple = in_jax) -> Callable[[], Program]:
-        pulled = array(towards)
-
-        def run(params: Any, x: Any, text: Any, pulled: Any) -> Any:
-            return jax.vjp(function, params, x, text)[1](pulled)
-
-        def view(outputs: Any) -> Any:
-            return [(peers.flatten(p, lambda x: x), *others) for p, *others in outputs]
-
-        return lambda: jitted(run, *arguments, pulled, view=view)
-
-    def torch_gradients() -> Program:
-        torch, lib = peers.torch_package(), peers.torch_library(dtype)
-        arguments = (lib.params(params), lib.array(x), lib.array(text))
-        leaves, treedef = jax.tree.flatten(arguments)
-        for leaf in leaves:
-            leaf.requires_grad_()
-        pulled = lib.array(towards)
-
-        def run() -> Any:
-            return peers.finished(torch.autograd.grad(reference(lib)(*arguments), leaves, pulled))
-
-        def view(outputs: Any) -> Any:
-            trees = [jax.tree.unflatten(treedef, peers.from_torch(grads)) for grads in outputs]
-            return [(peers.flatten(p, lambda x: x, transpose=True), *others) for p, *others in trees]
-
-        return Program(run, view)
-
-    backward = Case(
-        "gradients",
-        shape,
-        [
-            Row("xattn", "ours", gradients(ours())),
-            *(Row(name, "reference", gradients(reference(lib), flat)) for name, lib in references.items()),
-            Row("flax MHDPA", "reference", gradients(flax)),
-            Row("torch sdpa", "peer", torch_gradients, **torch),
-        ],
-        baseline,
-        Work(3 * made, core, itemsize * 2 * moved),
-    )
-    blocks = [whole, reused, alone, backward]
+    shape = f"B{batch} {queries}x{width} <- {keys}x{context}, {num_heads} heads of {width // num_heads}"
+    baseline = ("torch sdpa", "plain jnp")
+    forward_rows = [
+        Row("xattn", "ours", lambda: jitted(ours(), *arguments)),
+        # The place for products in bfloat16 that are summed in float32, once the core has them as a mode.
+        Row(
+            "xattn bf16",
+            "ours",
+            lambda: jitted(ours(dtype=jnp.bfloat16), *arguments),
+            tolerance=1e-2,
+            dtype="bf16",
+        ),
+        *peers.rows(lambda lib: lib.program(*layer(lib)), dtype),
+        Row("flax MHDPA", "reference", lambda: jitted(flax, *arguments)),
+        Row("torch nn.MultiheadAttention", "peer", torch_module, package="torch"),
+    ]
+    cached_rows = [Row("xattn", "ours", ours_cached), *peers.rows(cached, dtype)]
+    gradient_rows = [
+        Row("xattn", "ours", lambda: peers.gradients(ours(), array(towards), *arguments)),
+        *peers.rows(gradients, dtype),
+        Row("flax MHDPA", "reference", lambda: peers.gradients(flax, array(towards), *arguments)),
+    ]
+    blocks = [
+        Case("forward", shape, forward_rows, baseline, whole),
+        Case("cached K/V", shape, cached_rows, baseline, step),
+        _core("core", request, batch, num_heads, queries, keys, width // num_heads),
+        Case("gradients", shape, gradient_rows, baseline, backward),
+    ]
     if device:
         b, h, n, d = long
-        qkv = [peers.normal(b, n, h, d, seed=seed) for seed in range(3)]
-        work = Work(4 * b * h * n * n * d, b * h * n * n, itemsize * 4 * b * h * n * d)
-        rows = [row for row in _core_rows(qkv, request) if row.name != "plain jnp"]  # 17 GB of scores
-        blocks.append(Case("long core", f"B{b} H{h} {n} <- {n}, D{d}", rows, baseline[:1], work))
+        blocks.append(_core("long core", request, b, h, n, n, d))
     return blocks
 
 
-def _core_rows(qkv: list, request: Request) -> list[Row]:
-    array = peers.array_of(request.dtype)
+def _core(title: str, request: Request, b: int, h: int, n: int, m: int, d: int) -> Case:
+    """Attention alone: queries [B, N, H, D], keys and values [B, M, H, D]."""
+    qkv = [peers.normal(b, length, h, d, seed=seed) for seed, length in enumerate((n, m, m))]
 
-    def program(attend: Callable) -> Callable[[], Program]:
-        return lambda: jitted(attend, *map(array, qkv))
-
-    def torch_core() -> Program:
-        lib = peers.torch_library(request.dtype)
-        tensors = [lib.array(x) for x in qkv]
-        return Program(peers.torch_run(lambda: lib.attend(*tensors)), peers.from_torch)
+    def in_jax(attend: Callable[..., Any]) -> Callable[[], Program]:
+        return lambda: jitted(attend, *map(peers.array_of(request.dtype), qkv))
 
     rows = [
-        Row("xattn", "ours", program(dot_product_attention)),
-        Row("plain jnp", "reference", program(peers.plain_attention)),
-        Row("jax.nn.dot_product_attention", "reference", program(jax.nn.dot_product_attention)),
-        Row("torch sdpa", "peer", torch_core, package="torch"),
+        Row("xattn", "ours", in_jax(dot_product_attention)),
+        *peers.rows(lambda lib: lib.program(lib.attend, *map(lib.array, qkv)), request.dtype),
     ]
-    if request.mode == "device" and request.dtype == "bf16" and jax.default_backend() == "gpu":
-        cudnn = program(lambda *qkv: jax.nn.dot_product_attention(*qkv, implementation="cudnn"))
-        rows.append(Row("cudnn", "reference", cudnn))
-    return rows
+    if request.mode == "device":
+        rows.append(Row("cudnn", "reference", in_jax(_cudnn)))
+    itemsize = 2 if request.dtype == "bf16" else 4
+    work = Work(4 * b * h * n * m * d, b * h * n * m, itemsize * 2 * b * h * (n + m) * d)
+    return Case(title, f"B{b} H{h} {n} <- {m}, D{d}", rows, ("torch sdpa", "plain jnp"), work)
+
+
+def _cudnn(query: Any, key: Any, value: Any) -> Any:
+    if jax.default_backend() != "gpu" or query.dtype != jnp.bfloat16:
+        raise ImportError("cuDNN's attention takes bfloat16 on a GPU")
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")

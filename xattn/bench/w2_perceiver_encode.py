@@ -5,6 +5,7 @@ head of 261: LayerNorm on both sides, attention, residual, MLP. The whole model 
 features, run as transformers runs it.
 """
 
+import importlib
 from typing import Any
 
 import jax
@@ -50,13 +51,8 @@ def cases(
 
         return jitted(apply, jax.tree.map(array, params), array(z), array(x))
 
-    def reference(lib: Any) -> Any:
-        return lambda: jitted(lambda p, z, x: layer(lib, p, z, x), lib.params(params), lib.array(z), lib.array(x))
-
-    def torch() -> Program:
-        lib = peers.torch_library(dtype)
-        arguments = (lib.params(params), lib.array(z), lib.array(x))
-        return Program(peers.torch_run(lambda: layer(lib, *arguments)), peers.from_torch)
+    def theirs(lib: Any) -> Program:
+        return lib.program(lambda *arguments: layer(lib, *arguments), lib.params(params), lib.array(z), lib.array(x))
 
     # With one head of the inputs' width, W_k joins the queries and W_v the output: the pixels need no projection.
     absorbed = 2 * batch * latents * (2 * width * channels + 2 * channels**2 + 2 * width**2)
@@ -72,13 +68,7 @@ def cases(
         f"B{batch} {latents}x{width} <- {pixels}x{channels}",
         [
             Row("xattn", "ours", ours),
-            Row("plain jnp", "reference", reference(peers.jnp_library(dtype=dtype))),
-            Row(
-                "jax.nn.dot_product_attention",
-                "reference",
-                reference(peers.jnp_library(jax.nn.dot_product_attention, dtype)),
-            ),
-            Row("torch sdpa", "peer", torch, package="torch"),
+            *peers.rows(theirs, dtype),
         ],
         ("torch sdpa", "plain jnp"),
         work,
@@ -101,12 +91,11 @@ def _image(request: Request, sizes: dict[str, Any]) -> Case:
 
     def transformers() -> Program:
         tensor = peers.tensor_of(dtype)
-        import transformers
-
-        module = getattr(transformers, _CLASS)(transformers.PerceiverConfig(**config)).eval()
+        package = importlib.import_module("transformers")
+        module = getattr(package, _CLASS)(package.PerceiverConfig(**config)).eval()
         module = peers.load(module, interop.to_torch("hf_perceiver", config, variables), dtype)
         images = tensor(np.moveaxis(pixels, -1, 1))
-        return Program(peers.torch_run(lambda: module(images).logits), peers.from_torch)
+        return peers.torch_program(lambda: module(images).logits)
 
     n, d, m, c = config["num_latents"], config["d_latents"], side * side, config["d_model"]
     layers = config["num_blocks"] * config["num_self_attends_per_block"]

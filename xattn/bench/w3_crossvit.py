@@ -38,8 +38,7 @@ def cases(
     def timm_forward(precision: str) -> Any:
         def make() -> Program:
             module, tensor = timm_model(precision)
-            module.eval()
-            return Program(peers.torch_run(lambda: module(tensor)), peers.from_torch)
+            return peers.torch_program(module.eval(), tensor)
 
         return make
 

@@ -119,25 +119,12 @@ def cases(
         kvs = jax.jit(lambda p, x: cross.apply({"params": p}, x, method="project_kv"))(params, array(pictures))
         return jitted(lambda p, x, kvs: cross.apply({"params": p}, x, kvs), params, array(words), kvs)
 
-    plain = peers.jnp_library(dtype=dtype)
+    def their_joint(lib: Any) -> Program:
+        return lib.program(lambda p, x: joint_layers(lib, p, x), lib.params(joint_params), lib.array(tokens))
 
-    def plain_joint() -> Program:
-        return jitted(lambda p, x: joint_layers(plain, p, x), plain.params(joint_params), array(tokens))
-
-    def plain_cross() -> Program:
-        p = plain.params(cross_params)
-        return jitted(lambda p, x, kvs: cross_layers(plain, p, x, kvs), p, array(words), cache(plain, p))
-
-    def torch_joint() -> Program:
-        lib = peers.torch_library(dtype)
-        p, x = lib.params(joint_params), lib.array(tokens)
-        return Program(peers.torch_run(lambda: joint_layers(lib, p, x)), peers.from_torch)
-
-    def torch_cross() -> Program:
-        lib = peers.torch_library(dtype)
-        p, x = lib.params(cross_params), lib.array(words)
-        kvs = cache(lib, p)
-        return Program(peers.torch_run(lambda: cross_layers(lib, p, x, kvs)), peers.from_torch)
+    def their_cross(lib: Any) -> Program:
+        p = lib.params(cross_params)
+        return lib.program(lambda p, x, kvs: cross_layers(lib, p, x, kvs), p, lib.array(words), cache(lib, p))
 
     n, m, c, layers = text + image, image, width, candidates * num_layers
     itemsize = 2 if dtype == "bf16" else 4
@@ -155,17 +142,16 @@ def cases(
     f32: dict[str, Any] = {"tolerance": 1e-4} if dtype == "f32" else {}
     of_joint: dict[str, Any] = {"group": "joint"} | f32
     of_cross: dict[str, Any] = {"group": "cross-only", "work": cross_work} | f32
+    bf16: dict[str, Any] = of_joint | {"tolerance": 0.05, "dtype": "bf16"}
     rows = [
         Row("xattn joint", "ours", ours_joint(), **of_joint),
         # The place for products in bfloat16 that are summed in float32, once the core has them as a mode.
-        Row(
-            "xattn joint bf16", "ours", ours_joint(dtype=jnp.bfloat16), **of_joint | dict(tolerance=0.05, dtype="bf16")
-        ),
+        Row("xattn joint bf16", "ours", ours_joint(dtype=jnp.bfloat16), **bf16),
         Row("xattn cross-only", "ours", ours_cross, **of_cross),
-        Row("plain jnp joint", "reference", plain_joint, **of_joint),
-        Row("plain jnp cross-only", "reference", plain_cross, **of_cross),
-        Row("torch joint", "peer", torch_joint, package="torch", **of_joint),
-        Row("torch cross-only", "peer", torch_cross, package="torch", **of_cross),
+        Row("plain jnp joint", "reference", lambda: their_joint(peers.jnp_library(dtype)), **of_joint),
+        Row("plain jnp cross-only", "reference", lambda: their_cross(peers.jnp_library(dtype)), **of_cross),
+        Row("torch joint", "peer", lambda: their_joint(peers.torch_library(dtype)), package="torch", **of_joint),
+        Row("torch cross-only", "peer", lambda: their_cross(peers.torch_library(dtype)), package="torch", **of_cross),
     ]
     shape = f"{candidates} candidates, {text}+{image} tokens, {num_layers} layers of {width}"
     return [Case("rerank", shape, rows, ("torch joint", "plain jnp joint"), joint_work)]

@@ -43,8 +43,9 @@ def cases(
         return jitted(lambda v, s, q: model.apply(v, s, q)["logits"], variables, *map(jnp.asarray, inputs))
 
     def whole() -> Program:
-        config = VARIANTS["miniimagenet"] | {"name": "qsformer"}
-        config |= {"encoder": config["encoder"] | {"name": "cife", "backbone": encoder}}
+        published: dict[str, Any] = VARIANTS["miniimagenet"]
+        cife = published["encoder"] | {"name": "cife", "backbone": encoder}
+        config = published | {"name": "qsformer", "encoder": cife}
         qs = build(config, **keywords)
         return forward(qs, peers.variables(qs, *inputs))
 
@@ -66,8 +67,7 @@ def cases(
     def torch_forward(channels_last: bool) -> Any:
         def make() -> Program:
             module, x = torch_network(channels_last)
-            module.eval()
-            return Program(peers.torch_run(lambda: torch_logits(module, x)[None]), peers.from_torch)
+            return peers.torch_program(lambda x: torch_logits(module.eval(), x)[None], x)
 
         return make
 
