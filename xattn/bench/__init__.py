@@ -48,4 +48,5 @@ class Request:
     sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
+        """What `Request(**json.loads(...))` reads."""
         return json.dumps(dataclasses.asdict(self))

@@ -77,7 +77,7 @@ class Row:
       make: builds the program; an ImportError makes the row absent.
       package: of a peer, one of `PEERS`.
       group: rows with one name of a group must agree; None agrees with nothing.
-      tolerance: instead of that of the request's dtype.
+      tolerance: if that of the request's dtype, in `TOLERANCE`, is too small.
       dtype: of matrix products, instead of the request's.
       work: instead of the block's, for another way to do the task.
     """
@@ -87,7 +87,7 @@ class Row:
     make: Callable[[], Program]
     package: str = ""
     group: str | None = ""
-    tolerance: float | None = None
+    tolerance: float = 0.0
     dtype: str | None = None
     work: Work | None = None
 
@@ -193,14 +193,16 @@ def alternate(samples: Mapping[str, Callable[[], tuple[float, float]]], budget_s
     gc.collect()
     gc.disable()
     began = time.perf_counter()
-    while len(rounds) < ENOUGH or time.perf_counter() - began < budget_s:
-        start, before, times = time.perf_counter(), cpu_seconds(), {}
-        for name in shuffle.sample(list(samples), len(samples)):
-            time.sleep(PAUSE_S)
-            times[name] = samples[name]()
-        busy, own = np.subtract(cpu_seconds(), before)
-        rounds.append(Round(times, max(0.0, float(busy - own) / (time.perf_counter() - start) / cores())))
-    gc.enable()
+    try:
+        while len(rounds) < ENOUGH or time.perf_counter() - began < budget_s:
+            start, before, times = time.perf_counter(), cpu_seconds(), {}
+            for name in shuffle.sample(list(samples), len(samples)):
+                time.sleep(PAUSE_S)
+                times[name] = samples[name]()
+            busy, own = np.subtract(cpu_seconds(), before)
+            rounds.append(Round(times, max(0.0, float(busy - own) / (time.perf_counter() - start) / cores())))
+    finally:
+        gc.enable()
     return rounds
 
 
@@ -288,7 +290,7 @@ def _agree(rows: Sequence[Row], programs: dict[str, Program], found: dict[str, A
             if expected is arrays:
                 continue
             result["max_err"] = difference(arrays, expected)
-            if not result["max_err"] <= (row.tolerance or TOLERANCE[request.dtype]):
+            if not result["max_err"] <= max(row.tolerance, TOLERANCE[request.dtype]):
                 result["status"] = "mismatch"
 
 
@@ -296,7 +298,8 @@ def difference(arrays: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> 
     """Largest difference relative to the largest value, of the array where it is worst; infinite for other shapes."""
     if [x.shape for x in arrays] != [x.shape for x in expected]:
         return float("inf")
-    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in zip(arrays, expected, strict=True))
+    # NumPy's maximum, because Python's passes over NaN.
+    return float(np.max([np.abs(x - y).max() / np.abs(y).max() for x, y in zip(arrays, expected, strict=True)]))
 
 
 def _timed(run: Any, calls: int) -> Callable[[], tuple[float, float]]:

@@ -113,7 +113,7 @@ def cases(
         Case("forward", shape, forward_rows, baseline, whole),
         Case("cached K/V", shape, cached_rows, baseline, step),
         _core("core", request, batch, num_heads, queries, keys, width // num_heads),
-        Case("gradients", shape, gradient_rows, baseline, backward),
+        Case("gradients", shape, gradient_rows, baseline, backward, memory=not device),
     ]
     if device:
         b, h, n, d = long

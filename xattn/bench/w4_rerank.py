@@ -139,9 +139,8 @@ def cases(
         itemsize * (2 * layers * m * c + 2 * words.size + num_layers * 14 * c**2),
     )
     # Errors add up over the layers, in every library.
-    f32: dict[str, Any] = {"tolerance": 1e-4} if dtype == "f32" else {}
-    of_joint: dict[str, Any] = {"group": "joint"} | f32
-    of_cross: dict[str, Any] = {"group": "cross-only", "work": cross_work} | f32
+    of_joint: dict[str, Any] = {"group": "joint", "tolerance": 1e-4}
+    of_cross: dict[str, Any] = {"group": "cross-only", "work": cross_work, "tolerance": 1e-4}
     bf16: dict[str, Any] = of_joint | {"tolerance": 0.05, "dtype": "bf16"}
     rows = [
         Row("xattn joint", "ours", ours_joint(), **of_joint),
