@@ -33,12 +33,13 @@ def main(argv: Sequence[str]) -> int:
     for package in peers or ():
         lookup(dict.fromkeys(PEERS), package, "peer")
     mode = arguments.mode or _default_mode(arguments.suite)
+    budget_s = (3.0 if arguments.suite == "quick" else 20.0) if arguments.budget_s is None else arguments.budget_s
     request = Request(
         workload="",
         suite=arguments.suite,
         mode=mode,
         threads=_threads(mode, arguments.threads),
-        budget_s=arguments.budget_s or (3.0 if arguments.suite == "quick" else 20.0),
+        budget_s=budget_s,
         peers=peers,
         dtype=arguments.dtype or ("bf16" if mode == "device" else "f32"),
     )
