@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags, logging
 
 from xattn import analysis, data, evals, models, tasks, train
+from xattn.bench.runner import main as bench
 from xattn.checkpoints import DamagedCheckpoint
 from xattn.config import UsageError, cache_compiled_programs, config_names, lookup, parse_config
 from xattn.data.prepare import PREPARATIONS
@@ -23,6 +24,7 @@ verbs:
   convert  KIND SOURCE WORKDIR [--data=DIR]   published weights to a workdir (docs/weights.md)
   data     prepare images SRC OUT [flags]     class folders to a few large files (docs/data.md)
   inspect  --config=NAME [--json]             parameters, FLOPs, memory and shapes
+  bench    [--suite=quick] [--only=W1,W2]     xattn beside its peers, as ratios (docs/performance.md)
   list                                        models, tasks, sources, evaluations, configs
 
 `xattn VERB --help` shows the verb's flags. The same command continues a run that was stopped.
@@ -163,4 +165,12 @@ def _list(arguments: list[str]) -> int:
     return 0
 
 
-VERBS = {"train": _train, "eval": _eval, "convert": _convert, "data": _data, "inspect": _inspect, "list": _list}
+VERBS = {
+    "train": _train,
+    "eval": _eval,
+    "convert": _convert,
+    "data": _data,
+    "inspect": _inspect,
+    "bench": bench,
+    "list": _list,
+}

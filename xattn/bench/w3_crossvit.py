@@ -1,0 +1,89 @@
+"""W3: CrossViT-9-dagger (arXiv 2103.14899) on 8 images of 240 x 240: logits, and a training step with AdamW."""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xattn import interop
+from xattn.analysis.flops import count_flops
+from xattn.bench import Request, peers
+from xattn.bench.measure import Case, Program, Row, Work, jitted, training
+from xattn.models import build
+from xattn.tasks.classification import Classification
+
+_OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.05}
+
+
+def cases(
+    request: Request, name: str = "crossvit_9_dagger_240", batch: int | None = None, side: int = 240
+) -> list[Case]:
+    """The blocks, for timm's model `name`."""
+    batch, dtype = batch or (64 if request.mode == "device" else 8), request.dtype
+    images, labels = peers.normal(batch, side, side, 3), np.arange(batch) * 7 % 1000
+    models = {key: build({"name": name, "dtype": d}) for key, d in (("f32", None), ("bf16", "bfloat16"))}
+    variables = peers.variables(models["f32"], images)
+
+    def ours(precision: str) -> Any:
+        return lambda: jitted(models[precision].apply, variables, jnp.asarray(images))
+
+    def timm_model(precision: str) -> tuple[Any, Any]:
+        tensor = peers.tensor_of(precision)
+        module = timm().create_model(name, pretrained=False)
+        module = peers.load(module, interop.to_torch("timm_crossvit", name, variables), precision)
+        return module, tensor(np.moveaxis(images, -1, 1))
+
+    def timm_forward(precision: str) -> Any:
+        def make() -> Program:
+            module, tensor = timm_model(precision)
+            return peers.torch_program(module.eval(), tensor)
+
+        return make
+
+    def ours_step() -> Program:
+        config = _OPTIMIZER | {"name": "adamw", "schedule": {"name": "constant"}, "decay": "all"}
+        return training(models[dtype], Classification(), config, variables, {"image": images, "label": labels})
+
+    def timm_step() -> Program:
+        torch = peers.torch_package()
+        module, tensor = timm_model(dtype)
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=_OPTIMIZER["learning_rate"], weight_decay=_OPTIMIZER["weight_decay"]
+        )
+        targets = torch.from_numpy(labels).to(tensor.device)
+        return peers.torch_training(
+            module.train(), optimizer, lambda: torch.nn.functional.cross_entropy(module(tensor), targets)
+        )
+
+    flops = sum(count_flops(models["f32"].apply, variables, images).values())
+    size = sum(x.size for x in jax.tree.leaves(variables))
+    shape = f"{name}, {batch} images {side}x{side}, {size / 1e6:.2f} M parameters"
+    moved = 4 * (size + images.size)
+    peer: dict[str, Any] = dict(kind="peer", package="timm")
+    inference = [
+        Row("xattn", "ours", ours(dtype)),
+        # The place for products in bfloat16 that are summed in float32, once the core has them as a mode.
+        Row("xattn bf16", "ours", ours("bf16"), tolerance=0.05, dtype="bf16"),
+        Row("timm", make=timm_forward(dtype), **peer),
+        Row("timm bf16", make=timm_forward("bf16"), tolerance=0.05, dtype="bf16", **peer),
+    ]
+    # The second loss is that after Adam's first step, which takes the sign of gradients that are nearly zero.
+    step = [
+        Row("xattn", "ours", ours_step, tolerance=1e-2),
+        Row("timm", make=timm_step, tolerance=1e-2, **peer),
+    ]
+    baseline = ("timm", "xattn")
+    return [
+        Case("inference", shape, inference, baseline, Work(flops, 0, moved)),
+        Case("training step", shape, step, baseline, Work(3 * flops, 0, 4 * moved)),
+    ]
+
+
+def timm() -> Any:
+    """The package timm; in a checkout, also without torchvision."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError:
+        return importlib.import_module("tests.parity.torchvision_stub").timm()
