@@ -145,12 +145,12 @@ def training(
     state = TrainState(zero, params, others, rule.init(params), {}, zero, zero)
     # The step takes the state's memory, and other rows start from the same arrays.
     state, batch = jax.tree.map(jnp.copy, state), jax.tree.map(jnp.asarray, dict(batch))
-    step = make_train_step(model, task, rule, schedule, seed=0)
-    program, seconds, temp_mb = compiled(step, state, batch, donate=(0,))
+    step, key = make_train_step(model, task, rule, schedule), jax.random.key(0)
+    program, seconds, temp_mb = compiled(step, state, batch, key, donate=(0,))
 
     def run() -> Any:
         nonlocal state
-        state, metrics = program(state, batch)
+        state, metrics = program(state, batch, key)
         return metrics["loss"]
 
     return Program(run, compile_s=seconds, temp_mb=temp_mb)
