@@ -24,7 +24,8 @@ def inspect(config: Config) -> dict[str, Any]:
       parameters: how many values training changes or loads;
       parameters_released, unused_released: where published weights hold tensors that no forward pass
         uses (and this model leaves out): their total with these, and each of them by name;
-      flops_forward: 2 x multiply-adds of matrix products and convolutions;
+      flops_forward: 2 x multiply-adds of matrix products and convolutions, with every key and value projected, as
+        papers count (fewer are done where `CrossAttention` absorbs projections);
       memory: bytes of parameters, of Adam's state, of the temporaries of the forward pass as compiled for this
         device, and of all that this pass holds at its peak (parameters, inputs, temporaries, outputs);
       inputs: the shapes it was counted for;
@@ -55,7 +56,7 @@ def inspect(config: Config) -> dict[str, Any]:
         return model.apply(variables, *task.inputs(batch), mutable=["intermediates"])
 
     variables = meta.unbox(jax.eval_shape(initialise, batch))
-    # With attention weights in view every key and value is projected, as papers count.
+    # With attention weights in view, nothing is absorbed.
     flops = count_flops(observed, variables, batch)
     memory: Any = jax.jit(forward).lower(variables, batch).compile().memory_analysis()
     parameters = _by_prefix(variables["params"])

@@ -48,7 +48,10 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."], *, as_affine: bool = False) -> Float[Array, "..."] | Affine:
-        """The projection of `x`, or with `as_affine` only the parameters that it would be projected with."""
+        """The projection of `x`, or with `as_affine` only the parameters that it would be projected with.
+
+        One method for both, since Flax allows one that makes parameters.
+        """
         contracted = len(self.axes) - len(self.features)
         inputs = x.shape[-contracted:]
 
@@ -155,18 +158,20 @@ class CrossAttention(nn.Module):
           q_mask: [*B, N], False for queries that are padding (their output is that of no key: the bias).
           kv_mask: [*B, M], False for keys that are padding.
           kv_norm: a module of the caller's that is to be applied to `inputs_kv` first. Given here instead of called
-            there, it too can be done chunk by chunk.
+            there, it too can be done chunk by chunk. (`project_kv` keeps what it computes: normalise before it.)
           deterministic: no dropout.
 
         Returns:
           [*B, N, Cout].
 
         Raises:
-          UsageError: if heads do not divide a width, or both `inputs_kv` and `kv` are given.
+          UsageError: if heads do not divide a width, or `kv` is given with `inputs_kv` or `kv_norm`.
           ValueError: if shapes do not fit.
         """
         if inputs_kv is not None and kv is not None:
             raise UsageError("CrossAttention got both inputs_kv and kv: pass one of them.")
+        if kv_norm is not None and kv is not None:
+            raise UsageError("CrossAttention got both kv_norm and kv: normalise what project_kv takes.")
         parts = Mask(q_mask=q_mask, kv_mask=kv_mask)
         if mask is not None:
             parts = parts & (mask if isinstance(mask, Mask) else Mask(dense=mask))
@@ -229,7 +234,7 @@ class CrossAttention(nn.Module):
             return _constrain(x, "length", "act_heads", "act_kv")
 
         qk_width, v_width = self._head_widths(inputs_q)
-        absorbing = inputs_q is not None and kv is None and self._absorbs(inputs_q, inputs_kv, qk_width, v_width)
+        absorbing = inputs_q is not None and kv is None and self._absorbs(inputs_q, inputs_kv, kv_norm)
         if kv is None and not absorbing:
             inputs_kv = inputs_kv if kv_norm is None else kv_norm(inputs_kv)
             kv = (
@@ -294,12 +299,17 @@ class CrossAttention(nn.Module):
             return dot_product_attention(query, key, value, implementation=self.attention, **scores)
         return additive_attention(query, key, value, energy, **scores)
 
-    def _absorbs(self, inputs_q: Any, inputs_kv: Any, qk_width: int, v_width: int) -> bool:
+    def _absorbs(self, inputs_q: Any, inputs_kv: Any, kv_norm: nn.LayerNorm | None) -> bool:
         if self.is_initializing() or observed(self) or self.attention or self.normalize_qk or self.score != "dot":
             return False
-        num_keys, channels = inputs_kv.shape[-2:]
-        num_kv_heads = self.num_kv_heads or self.num_heads
-        return absorbing_pays(inputs_q.shape[-2], num_keys, channels, self.num_heads, num_kv_heads, qk_width, v_width)
+        if kv_norm is not None and (kv_norm.reduction_axes, kv_norm.feature_axes) != (-1, -1):
+            return False
+        *batch, num_keys, channels = inputs_kv.shape
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads or self.num_heads}
+        width, v_width = self._head_widths(inputs_q)
+        return absorbing_pays(
+            math.prod(batch), inputs_q.shape[-2], num_keys, channels, **heads, width=width, v_width=v_width
+        )
 
     def _head_widths(self, inputs_q: Any) -> tuple[int, int]:
         """D and Dv, from the fields, the width of `inputs_q`, or the parameters that exist."""
@@ -347,8 +357,8 @@ def _perturbed(module: nn.Module) -> bool:
 def _as_norm(module: nn.LayerNorm | None) -> Norm | None:
     if module is None:
         return None
-    params = meta.unbox(module.variables["params"])
-    return Norm(params["scale"], params["bias"], module.epsilon)
+    params = meta.unbox(module.variables.get("params", {}))
+    return Norm(params.get("scale"), params.get("bias"), module.epsilon)
 
 
 def _constrain(x: jax.Array, *axes: str) -> jax.Array:

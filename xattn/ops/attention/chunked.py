@@ -21,6 +21,7 @@ from xattn.ops.attention.merge import merge
 from xattn.ops.attention.xla import dot_scores, softmax, weighted_sum
 
 Prepare = Callable[..., tuple[jax.Array, jax.Array]]
+"""Keys [*B, m, G, D] and values [*B, m, G, Dv] of a chunk, from that chunk of each input."""
 
 KEY_CHUNK = 1024
 BLOCK_BYTES = 2**26
@@ -46,11 +47,11 @@ def attend(
     value: Float[Array, "*B M G Dv"],
     **options: Any,
 ) -> tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
-    """`dot_product_attention` in memory O(N + M + block); the options are those of `attend_to`."""
-    return attend_to(query, (key, value), lambda key, value: (key, value), **options)
+    """`dot_product_attention` in memory O(N + M + block); the options are those of `attend_prepared`."""
+    return attend_prepared(query, (key, value), lambda key, value: (key, value), **options)
 
 
-def attend_to(
+def attend_prepared(
     query: Float[Array, "*B N H D"],
     inputs: tuple[Float[Array, "..."], ...],
     prepare: Prepare,
@@ -73,7 +74,7 @@ def attend_to(
     Args:
       query: as in `dot_product_attention`, like all options.
       inputs: arrays with one row a key, [*B, M, ...].
-      prepare: turns a chunk of each of `inputs` into keys [*B, m, G, D] and values [*B, m, G, Dv].
+      prepare: makes the keys and values of a chunk, in each pass anew.
     """
     *batch, num_queries, num_heads, _ = query.shape
     key_chunk = max(1, min(key_chunk_size or KEY_CHUNK, inputs[0].shape[len(batch)]))
