@@ -88,8 +88,8 @@ class CrossAttention(nn.Module):
     `intermediates` if that collection is mutable, and passed through `self.perturb` if `perturbations` is
     mutable or holds this module's entry. Otherwise the fused path runs and no weights need to exist.
 
-    Where the queries are so few that it takes fewer FLOPs, `inputs_kv` is not projected at all: its projections are
-    absorbed into the queries and into the output (`xattn.ops.attention.absorbed`), which is the same function. Naming
+    Where the queries are so few that it is faster, `inputs_kv` is not projected at all: its projections are absorbed
+    into the queries and into the output (`xattn.ops.attention.absorbed`), which is the same function. Naming
     an implementation in `attention`, or looking at the weights, projects.
 
     Attributes:
