@@ -1,4 +1,4 @@
-"""How should CrossViT's branches be fused? The paper's ablation (arXiv 2103.14899, tables 6 and 7) on letters.
+"""How should CrossViT's branches be fused? The ablation of the paper (arXiv 2103.14899) on letters.
 
     python experiments/crossvit_fusion/run.py [--seeds=3] [--workdir=DIR]
 
