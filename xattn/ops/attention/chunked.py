@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from xattn.ops.attention import dropout
 from xattn.ops.attention.masks import Mask, take
 from xattn.ops.attention.merge import merge
-from xattn.ops.attention.xla import dot_scores, softmax, weighted_sum
+from xattn.ops.attention.xla import dot_scores, exponentials, weighted_sum
 
 Prepare = Callable[..., tuple[jax.Array, jax.Array]]
 """Keys [*B, m, G, D] and values [*B, m, G, Dv] of a chunk, from that chunk of each input."""
@@ -121,9 +121,10 @@ def _attend(
         def key_chunk(partial, m, width):
             k, v = settings.prepare(*_take_rows(inputs, len(batch), m, width))
             block = _block(bias, mask, rows, n, height, m, width)
-            weights, lse = softmax(settings.scores(q, k, scale, block.bias, block.mask))
-            weights = settings.drop(weights, block.rows, block.columns)
-            return merge(partial, (weighted_sum(weights, v, dtype), lse))
+            mass, total, lse = exponentials(settings.scores(q, k, scale, block.bias, block.mask))
+            mass = settings.drop(mass, block.rows, block.columns)
+            # Divided as an output, which is smaller than the block of weights.
+            return merge(partial, (weighted_sum(mass, v, dtype) / jnp.swapaxes(total, -3, -2), lse))
 
         nothing = (
             jnp.zeros((*batch, height, num_heads, value.shape[-1]), dtype),

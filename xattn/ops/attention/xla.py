@@ -48,15 +48,26 @@ def dot_scores(
     return cap_bias_mask(scores, bias=bias, mask=mask, logits_soft_cap=logits_soft_cap)
 
 
-def softmax(scores: Float[Array, "*B H N M"]) -> tuple[Float[Array, "*B H N M"], Float[Array, "*B H N"]]:
-    """Softmax over the keys and the log-sum-exp; a row of -inf gives weights 0 and -inf."""
+def exponentials(
+    scores: Float[Array, "*B H N M"],
+) -> tuple[Float[Array, "*B H N M"], Float[Array, "*B H N 1"], Float[Array, "*B H N"]]:
+    """e^(s - max) for each key, what its row must be divided by (the sum, or 1 for 0), and the log-sum-exp.
+
+    A row of -inf gives 0, 1 and -inf.
+    """
     shift = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     mass = jnp.exp(scores - shift)
     total = jnp.sum(mass, axis=-1, keepdims=True)
     some = jnp.where(total == 0, 1, total)
     lse = jnp.where(total == 0, -jnp.inf, shift + jnp.log(some))
-    return mass / some, lse[..., 0]
+    return mass, some, lse[..., 0]
+
+
+def softmax(scores: Float[Array, "*B H N M"]) -> tuple[Float[Array, "*B H N M"], Float[Array, "*B H N"]]:
+    """Softmax over the keys and the log-sum-exp; a row of -inf gives weights 0 and -inf."""
+    mass, total, lse = exponentials(scores)
+    return mass / total, lse
 
 
 def weighted_sum(
