@@ -455,7 +455,7 @@ def test_few_queries_do_not_project_their_many_inputs_and_nothing_else_changes()
     assert flops[0] < 0.75 * flops[1]
 
     out, state = Normed(rate=0.3).apply(variables, inputs_q, inputs_kv, mutable=["intermediates"], **options)
-    np.testing.assert_allclose(out, found[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, found[1], atol=2e-6 * float(jnp.abs(out).max()))
     (weights,) = state["intermediates"]["attention"]["attention_weights"]
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
 
