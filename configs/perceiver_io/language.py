@@ -101,7 +101,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config["optimizer"] |= dict(name="adamw", learning_rate=3e-3, schedule=dict(name="cosine", warmup_steps=100))
         config["validation"] |= dict(num_examples=1000, batch_size=100, every=1000)
         config["evals"] = dict(python=dict(name="masked_language", split="test", num_examples=5000, batch_size=100))
-        config |= dict(num_steps=3200, dtype="float32", log_every=10, checkpoint=dict(every=1000, keep=2))
+        config |= dict(num_steps=4000, dtype="float32", log_every=10, checkpoint=dict(every=1000, keep=2))
         config["mesh"] = dict(data=1, fsdp=1, tensor=1, sequence=1)
     if arg == "smoke":
         config["model"]["encoder"] |= dict(num_latents=8)
