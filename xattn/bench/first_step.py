@@ -4,6 +4,7 @@ It imports what such a program needs and nothing else.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import monitoring
 
+from xattn.config import cache_compiled_programs
 from xattn.layers.vit import Block
 
 
@@ -53,10 +55,8 @@ def first_step(model: str, cache: str) -> None:
     """What the process does: a first step; it prints when that ended and how much was not in the cache."""
     options = json.loads(model)
     shape, network = options.pop("shape"), Scanned if options.pop("scan") else Looped
-    jax.config.update("jax_compilation_cache_dir", cache)
-    # Otherwise small programs are not kept.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    os.environ["XATTN_CACHE"] = cache
+    cache_compiled_programs()
     events: list[str] = []
     monitoring.register_event_listener(lambda event, **_: events.append(event))
     step, state, batch = _training(network(**options), jnp.ones(shape))
