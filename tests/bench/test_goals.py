@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.bench.tiny import SIZES
-from xattn.bench import WORKLOADS, Request
+from xattn.bench import FULL, WORKLOADS, Request
 from xattn.bench.goals import GOALS, Goal, Round, statistics, usable, verdict
 
 GOAL = Goal("W1", "core", "ours", "peer", "time", 0.7)
@@ -76,7 +76,7 @@ def test_other_metrics_need_no_rounds():
     assert (cores["value"], cores["verdict"]) == (pytest.approx(1.04), "pass")
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", FULL)
 def test_goals_name_rows_and_every_row_of_ours_has_one(workload):
     """But for the rows that only show something: QSFormer's forward pass, another decoder, augmentation."""
     request = Request(workload, mode="two-core")

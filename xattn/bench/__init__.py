@@ -14,8 +14,10 @@ WORKLOADS = {
     "W5": "xattn.bench.w5_episode",
     "W7a": "xattn.bench.w7_input",
     "W7b": "xattn.bench.w7b_start",
+    "dispatch": "xattn.bench.dispatch",
 }
 QUICK = ("W1", "W2")
+FULL = ("W1", "W2", "W3", "W4", "W5", "W7a", "W7b")
 MODES = ("two-core", "one-core", "device")
 PEERS = ("torch", "timm", "hf", "flax")
 DTYPES = ("f32", "bf16")
@@ -34,6 +36,7 @@ class Request:
       peers: packages whose rows are measured; None for all that are installed.
       dtype: "f32" or "bf16", of arrays and computation.
       roofline: rates of the machine from `xattn.bench.roofline`.
+      profile: whether to tell where the time of ours goes.
       sizes: keywords of the workload's `cases` that replace its sizes.
     """
 
@@ -45,6 +48,7 @@ class Request:
     peers: Sequence[str] | None = None
     dtype: str = "f32"
     roofline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    profile: bool = False
     sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:

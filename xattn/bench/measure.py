@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xattn.bench import WORKLOADS, Request
-from xattn.bench.goals import ENOUGH, GOALS, Round, statistics, usable, verdict
+from xattn.bench.goals import ENOUGH, GOALS, Goal, Round, statistics, usable, verdict
+from xattn.bench.profile import profile
 from xattn.ops.products import BFLOAT16
 from xattn.train.optim import make_optimizer
 from xattn.train.state import TrainState
@@ -50,6 +51,7 @@ class Program(NamedTuple):
       compile_s: seconds of compilation.
       temp_mb: temporary memory that the compiled program asks for, in MB.
       extra: more keys of the row's result, known when the rounds are over.
+      hlo: the compiled program's text.
     """
 
     run: Callable[[], Any] | None = None
@@ -58,6 +60,7 @@ class Program(NamedTuple):
     compile_s: float | None = None
     temp_mb: float | None = None
     extra: Callable[[], dict[str, Any]] = dict
+    hlo: str = ""
 
 
 class Work(NamedTuple):
@@ -104,6 +107,7 @@ class Case:
       baseline: names of rows in the order in which they are preferred as ratio 1.
       work: of the task.
       memory: whether peak memory is measured too, in a fresh process for each row; of ours alone in the quick suite.
+      goals: besides those of `GOALS`.
     """
 
     title: str
@@ -112,21 +116,23 @@ class Case:
     baseline: Sequence[str]
     work: Work = Work()
     memory: bool = False
+    goals: Sequence[Goal] = ()
 
 
-def compiled(function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()) -> tuple[Any, float, float]:
-    """The compiled function of arguments like these, the seconds it took, and its temporary memory in MB."""
+def compiled(function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()) -> tuple[Any, dict[str, Any]]:
+    """The compiled function of arguments like these, and what a `Program` tells of it."""
     lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
     began = time.perf_counter()
     program = lowered.compile()
     seconds, memory = time.perf_counter() - began, program.memory_analysis()
-    return program, seconds, memory.temp_size_in_bytes / 1e6 if memory else 0.0
+    temp_mb = memory.temp_size_in_bytes / 1e6 if memory else 0.0
+    return program, {"compile_s": seconds, "temp_mb": temp_mb, "hlo": program.as_text()}
 
 
 def jitted(function: Callable[..., Any], *arguments: Any, view: Callable[[Any], Any] = lambda x: x) -> Program:
     """The program `function(*arguments)`, compiled."""
-    program, seconds, temp_mb = compiled(function, *arguments)
-    return Program(lambda: program(*arguments), view, compile_s=seconds, temp_mb=temp_mb)
+    program, told = compiled(function, *arguments)
+    return Program(lambda: program(*arguments), view, **told)
 
 
 def rounded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,14 +163,14 @@ def training(
     # The step takes the state's memory, and other rows start from the same arrays.
     state, batch = jax.tree.map(jnp.copy, state), jax.tree.map(jnp.asarray, dict(batch))
     step, key = make_train_step(model, task, rule, schedule), jax.random.key(0)
-    program, seconds, temp_mb = compiled(step, state, batch, key, donate=(0,))
+    program, told = compiled(step, state, batch, key, donate=(0,))
 
     def run() -> Any:
         nonlocal state
         state, metrics = program(state, batch, key)
         return metrics["loss"]
 
-    return Program(run, compile_s=seconds, temp_mb=temp_mb)
+    return Program(run, **told)
 
 
 def scratch_folder() -> Path:
@@ -247,9 +253,12 @@ def run_case(case: Case, request: Request) -> dict[str, Any]:
         result |= {"compile_s": program.compile_s, "temp_mb": program.temp_mb, **program.extra()}
         if case.memory and (request.suite == "full" or found[name]["kind"] == "ours"):
             result["peak_mb"] = peak_mb(request, case.title, name)
+        if request.profile and found[name]["kind"] == "ours" and program.run and program.hlo:
+            result["profile"] = profile(program.run, program.hlo)
         found[name] |= result | {"rounds": len(used), "foreign_load": foreign}
     on = "device" if request.mode == "device" else "cpu"
-    goals = [goal for goal in GOALS if (goal.workload, goal.case, goal.on) == (request.workload, case.title, on)]
+    goals = [*case.goals]
+    goals += [goal for goal in GOALS if (goal.workload, goal.case, goal.on) == (request.workload, case.title, on)]
     goals = goals if request.dtype == "f32" or on == "device" else []
     return {
         "id": request.workload,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xattn.bench import DTYPES, MODES, PEERS, QUICK, WORKLOADS, Request
+from xattn.bench import DTYPES, FULL, MODES, PEERS, QUICK, WORKLOADS, Request
 from xattn.config import UsageError, lookup, write_atomically
 
 SCHEMA = "xattn.bench/1"
@@ -26,7 +26,8 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MAL
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmarks that are asked for; returns 0, or with --check 1 for a missed goal and 2 for noise alone."""
     arguments = _parse(argv)
-    chosen = arguments.only.split(",") if arguments.only else list(QUICK if arguments.suite == "quick" else WORKLOADS)
+    chosen = arguments.only.split(",") if arguments.only else list(QUICK if arguments.suite == "quick" else FULL)
+    chosen = ["dispatch"] if arguments.dispatch else chosen
     for workload in chosen:
         lookup(WORKLOADS, workload, "workload")
     peers = {"auto": None, "none": []}.get(arguments.peers, arguments.peers.split(","))
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         budget_s=budget_s,
         peers=peers,
         dtype=arguments.dtype or ("bf16" if mode == "device" else "f32"),
+        profile=arguments.profile,
     )
     report = run(request, chosen, arguments.json)
     return exit_code(report) if arguments.check else int(any("error" in block for block in report["workloads"]))
@@ -55,6 +57,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=("quick", "full"), default="full", help="quick: W1 and W2 on one core")
     parser.add_argument("--only", metavar="W1,W2", help="these workloads")
+    parser.add_argument("--dispatch", action="store_true", help="only: each choice by sizes beside its neighbours")
     parser.add_argument("--mode", choices=MODES, help="default: device where there is one; for quick, one-core")
     parser.add_argument("--threads", type=int, metavar="N", help="cores instead of two, in two-core mode")
     parser.add_argument(
@@ -62,6 +65,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--peers", default="auto", metavar="auto|none|torch,timm,hf,flax", help="packages to compare")
     parser.add_argument("--dtype", choices=DTYPES, help="of arrays and computation: f32, on a device bf16")
+    parser.add_argument("--profile", action="store_true", help="also where the time of ours goes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there too")
     parser.add_argument("--check", action="store_true", help="exit with 1 for a missed goal, with 2 for noise alone")
     return parser.parse_args(argv)
@@ -203,6 +207,10 @@ def table(block: Mapping[str, Any], mode: str) -> str:
         for goal in block["goals"]:
             if goal["row"] == row["name"]:
                 lines.append(f"    {_goal(goal)}")
+    for row in block["rows"]:
+        if profile := row.get("profile"):
+            lines.append(f"  where the time of {row['name']} goes (one call, wall clock):")
+            lines += [f"  {part['share']:>6.1%} {part['ms']:>9.2f} ms  {part['what']}" for part in profile]
     return "\n".join(lines)
 
 

@@ -1,8 +1,6 @@
 """Multi-head attention of one sequence over another, or over itself, as one Linen module."""
 
 import math
-import string
-from itertools import islice
 from typing import Any, Literal, overload
 
 import flax.linen as nn
@@ -75,9 +73,9 @@ class Projection(nn.Module):
         if as_affine:
             return Affine(kernel, bias)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        letters = iter(string.ascii_lowercase)
-        rows, cin, cout = ("".join(islice(letters, n)) for n in (x.ndim - contracted, contracted, len(self.features)))
-        x = einsum(f"{rows}{cin},{cin}{cout}->{rows}{cout}", x, kernel)
+        # As matrices: the kernel's gradient is then one product too, of which XLA's CPU backend copies no operand.
+        flat = einsum("nc,cf->nf", x.reshape(-1, math.prod(inputs)), kernel.reshape(math.prod(inputs), -1))
+        x = flat.reshape(*x.shape[:-contracted], *self.features)
         return x if bias is None else x + bias
 
 

@@ -29,7 +29,8 @@ def einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype:
 
 
 def _rounds() -> bool:
-    return jax.config.jax_default_matmul_precision == BFLOAT16 and jax.default_backend() == "cpu"
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return precision == BFLOAT16 and jax.default_backend() == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

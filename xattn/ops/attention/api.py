@@ -54,7 +54,7 @@ def dot_product_attention(
         index alone, so it is the same in every implementation.
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
       implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given, or if the
-        float32 scores are larger than `CHUNKED_ABOVE` (64 MiB) and M is more than one key chunk (1024);
+        float32 scores are larger than `CHUNKED_ABOVE` (64 MiB) and M is more than one key chunk (512);
         otherwise "xla", which is faster there.
       query_chunk_size: queries in a block of "chunked".
       key_chunk_size: keys in a block of "chunked".

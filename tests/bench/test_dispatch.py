@@ -1,0 +1,39 @@
+"""Each choice by sizes has its neighbours beside it, and a goal against each of them."""
+
+import pytest
+
+from xattn.bench import Request, dispatch
+from xattn.bench.dispatch import Attention, Layer
+from xattn.bench.measure import run_case
+
+REQUEST = Request("dispatch", budget_s=0.0, mode="one-core", threads=1)
+
+
+def blocks(**sizes):
+    return dispatch.cases(REQUEST, **{"attention": (), "layers": ()} | sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"),
+    [((1, 2048, 2048, 8, 64), "chunked 512"), ((1, 512, 2048, 8, 64), "xla"), ((16, 1024, 256, 8, 32), "xla")],
+)
+def test_the_goal_is_of_what_attention_chooses(sizes, chosen):
+    forward, gradients = blocks(attention=(Attention(*sizes),))
+    assert {goal.row for goal in forward.goals} == {goal.row for goal in gradients.goals} == {chosen}
+    assert {goal.against for goal in forward.goals} == {row.name for row in forward.rows} - {chosen}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"), [((8, 16, 1024, 512, 8, 64), "absorbed"), ((8, 64, 1024, 512, 8, 64), "projected")]
+)
+def test_the_goal_is_of_what_the_layer_chooses(sizes, chosen):
+    forward, _ = blocks(layers=(Layer(*sizes),))
+    (goal,) = forward.goals
+    assert (goal.row, goal.against) == (chosen, {"absorbed": "projected", "projected": "absorbed"}[chosen])
+
+
+def test_all_ways_agree_and_each_goal_gets_a_verdict():
+    for case in blocks(attention=(Attention(1, 8, 24, 2, 4),), layers=(Layer(1, 2, 24, 6, 2, 4),)):
+        block = run_case(case, REQUEST)
+        assert {row["status"] for row in block["rows"]} == {"ok"}
+        assert block["goals"] and {goal["verdict"] for goal in block["goals"]} <= {"pass", "fail", "noisy"}

@@ -1,0 +1,120 @@
+"""Whether what is chosen by sizes is the fastest: each choice beside its neighbours, on both sides of each boundary.
+
+Attention blocks time the whole score matrix ("xla") beside chunks of keys of several sizes, layer blocks the absorbed
+projections beside projected keys and values, forward and with gradients. The goal of each block is that what
+`dot_product_attention` and `CrossAttention` choose takes at most `LOSS` times as long as the fastest.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xattn.bench import Request, peers
+from xattn.bench.goals import Goal
+from xattn.bench.measure import Case, Program, Row, jitted
+from xattn.ops.attention import dot_product_attention
+from xattn.ops.attention.absorbed import Affine, absorbed_attention, absorbing_pays
+from xattn.ops.attention.api import large_scores
+from xattn.ops.attention.chunked import KEY_CHUNK
+from xattn.ops.products import einsum
+
+LOSS = 1.05
+
+
+class Attention(NamedTuple):
+    """Sizes of query [B, N, H, D] and key [B, M, H, D]."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    width: int
+
+
+class Layer(NamedTuple):
+    """Sizes of queries [B, N, H, D] that ask inputs [B, M, C]."""
+
+    batch: int
+    queries: int
+    keys: int
+    channels: int
+    heads: int
+    width: int
+
+
+ATTENTION = (
+    Attention(1, 512, 2048, 8, 64),  # half of `CHUNKED_ABOVE`
+    Attention(1, 2048, 2048, 8, 64),  # twice
+    Attention(16, 1024, 256, 8, 32),  # above it, fewer keys than a chunk
+    Attention(1, 512, 50176, 1, 64),
+    Attention(4, 32, 16384, 8, 64),
+)
+LAYERS = (
+    Layer(1, 512, 50176, 261, 1, 261),
+    Layer(1, 256, 4096, 256, 1, 256),
+    Layer(8, 1, 197, 128, 4, 32),
+    Layer(8, 64, 1024, 512, 8, 64),
+    Layer(8, 16, 1024, 512, 8, 64),
+    Layer(2, 128, 4096, 64, 1, 256),
+)
+
+
+def cases(
+    request: Request, attention: tuple[Attention, ...] = ATTENTION, layers: tuple[Layer, ...] = LAYERS
+) -> list[Case]:
+    """Two blocks, forward and gradients, for each of the sizes."""
+    ways = [_attention(sizes) for sizes in attention] + [_layer(sizes) for sizes in layers]
+    return [block for way in ways for block in _blocks(request, *way)]
+
+
+def _attention(sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]], list[Any]]:
+    b, n, m, h, d = sizes
+    qkv = [peers.normal(b, length, h, d, seed=seed) for seed, length in enumerate((n, m, m))]
+
+    def chunked(size: int) -> Callable[..., Any]:
+        return lambda *qkv: dot_product_attention(*qkv, key_chunk_size=size)
+
+    ways = {"xla": lambda *qkv: dot_product_attention(*qkv, implementation="xla")}
+    chunks = sorted({min(m, KEY_CHUNK * factor // 2) for factor in (1, 2, 4)})
+    ways |= {f"chunked {size}": chunked(size) for size in chunks}
+    chosen = f"chunked {KEY_CHUNK}" if large_scores(qkv[0], qkv[1]) else "xla"
+    return f"attention {n} <- {m}, B{b} H{h} D{d}", chosen, ways, qkv
+
+
+def _layer(sizes: Layer) -> tuple[str, str, dict[str, Callable[..., Any]], list[Any]]:
+    b, n, m, c, h, d = sizes
+    query, inputs = peers.normal(b, n, h, d), peers.normal(b, m, c, seed=1)
+    kernels = [c**-0.5 * peers.normal(c, h, d, seed=seed) for seed in (2, 3)]
+
+    def absorbed(query: Any, inputs: Any, key: Any, value: Any) -> Any:
+        return absorbed_attention(query, inputs, Affine(key), Affine(value))
+
+    def projected(query: Any, inputs: Any, *kernels: Any) -> Any:
+        return dot_product_attention(query, *(einsum("bmc,chd->bmhd", inputs, kernel) for kernel in kernels))
+
+    pays = absorbing_pays(b, n, m, c, num_heads=h, num_kv_heads=h, width=d, v_width=d)
+    ways = {"absorbed": absorbed, "projected": projected}
+    return f"layer {n} <- {m}x{c}, B{b} H{h} D{d}", "absorbed" if pays else "projected", ways, [query, inputs, *kernels]
+
+
+def _blocks(
+    request: Request, title: str, chosen: str, ways: dict[str, Callable[..., Any]], arguments: list[Any]
+) -> list[Case]:
+    arrays = [peers.array_of(request.dtype)(x) for x in arguments]
+    towards = peers.array_of(request.dtype)(peers.normal(*arguments[0].shape, seed=9))
+
+    def gradients(way: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arrays: jax.grad(lambda *xs: jnp.vdot(way(*xs), towards), range(len(arrays)))(*arrays)
+
+    def case(what: str, wrap: Callable[..., Any]) -> Case:
+        def make(way: Callable[..., Any]) -> Callable[[], Program]:
+            return lambda: jitted(wrap(way), *arrays)
+
+        name = f"{title}, {what}"
+        rows = [Row(key, "ours", make(way), tolerance=1e-4) for key, way in ways.items()]
+        goals = [Goal("dispatch", name, chosen, other, "time", LOSS) for other in ways if other != chosen]
+        return Case(name, f"chosen: {chosen}", rows, (chosen,), goals=goals)
+
+    return [case("forward", lambda way: way), case("gradients", gradients)]
