@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xattn.ops.attention import chunked, reference, xla
+from xattn.ops.attention import chunked, distributed, reference, xla
 from xattn.ops.attention.masks import Mask
 
 IMPLEMENTATIONS = {
     "reference": reference.attend,
     "xla": xla.attend,
     "chunked": chunked.attend,
+    "gather": distributed.gather,
+    "ring": distributed.ring,
+    "kv_ring": distributed.kv_ring,
 }
 
 CHUNKED_ABOVE = 2**26
@@ -72,7 +75,7 @@ def dot_product_attention(
         implementation = "chunked" if sizes or large_scores(query, key) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)}.")
-    if sizes and implementation != "chunked":
+    if sizes and implementation in ("reference", "xla"):
         raise ValueError(
             f"Implementation '{implementation}' computes all scores at once and takes no "
             f"{' or '.join(sizes)}: use implementation='chunked' or leave it out."
