@@ -41,7 +41,7 @@ class Settings(NamedTuple):
         return dot_scores(q, k, scale=scale, bias=bias, mask=mask, logits_soft_cap=self.logits_soft_cap)
 
     def drop(self, weights: jax.Array, drops: Any) -> jax.Array:
-        return weights if drops is None else dropout.drop(weights, *drops, self.dropout_rate)
+        return weights if drops is None else dropout.drop(weights, drops.rows, drops.columns, self.dropout_rate)
 
 
 class Drops(NamedTuple):
@@ -195,7 +195,7 @@ def _backward(settings: Settings, residuals: tuple, cotangents: tuple[jax.Array,
     *arguments, out, lse = residuals
     d_out, d_lse = cotangents
     shift = d_lse - jnp.einsum("...nhd,...nhd->...hn", d_out, out, preferred_element_type=lse.dtype)
-    d_query, *others = gradients_in_blocks(settings, *arguments, lse, shift, d_out)
+    d_query, *others = gradients_in_blocks(settings, *arguments, lse=lse, shift=shift, d_out=d_out)
     return d_query.astype(arguments[0].dtype), *others, None, None
 
 
@@ -207,6 +207,7 @@ def gradients_in_blocks(
     bias: Any,
     mask: Any,
     drops: Any,
+    *,
     lse: jax.Array,
     shift: jax.Array,
     d_out: jax.Array,

@@ -36,6 +36,8 @@ from xattn.ops.attention.merge import Partial, merge
 
 AXIS = "sequence"
 """The mesh axis that queries and keys are split over."""
+KEY_CHUNK = 256
+"""Keys in a block: all gathered queries stand beside them, and longer blocks were not faster (measured on a CPU)."""
 
 
 def attend(
@@ -82,15 +84,17 @@ def attend(
         rows = dropout.row_keys(dropout_rng, (*query.shape[:-3], query.shape[-2], num_queries))
         drops = Drops(rows, jnp.arange(num_keys))
     scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
-    bias = None if bias is None else jnp.atleast_2d(bias)
+    pairs = _Pairs(scale, None if bias is None else jnp.atleast_2d(bias), mask, drops)
     plan = _Plan(way, logits_soft_cap, dropout_rate, query_chunk_size, key_chunk_size)
-    return _over_mesh(plan, query, key, value, scale, bias, mask, drops)
+    return _over_mesh(plan, query, key, value, pairs)
 
 
 gather, ring, kv_ring = (functools.partial(attend, way=way) for way in ("gather", "ring", "kv_ring"))
 
 
 class _Plan(NamedTuple):
+    """What a program is compiled for, besides shapes."""
+
     way: str
     logits_soft_cap: float | None
     dropout_rate: float
@@ -98,124 +102,140 @@ class _Plan(NamedTuple):
     key_chunk_size: int | None
 
     def settings(self, query: Any, key: Any, value: Any) -> chunked.Settings:
-        """Those of the blocks in which these queries attend to these keys; results are float32."""
-        sizes = chunked.block_size(query.shape, key.shape[-3], self.query_chunk_size, self.key_chunk_size)
+        """Those of the blocks in which these queries attend to these keys."""
+        key_chunk = self.key_chunk_size or KEY_CHUNK
+        sizes = chunked.block_size(query.shape, key.shape[-3], self.query_chunk_size, key_chunk)
         wide = jnp.promote_types(value.dtype, jnp.float32)
-        return chunked.Settings(*sizes, self.logits_soft_cap, self.dropout_rate, _keys_and_values, wide)
+        return chunked.Settings(*sizes, self.logits_soft_cap, self.dropout_rate, _as_they_are, wide)
 
 
-def _keys_and_values(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _as_they_are(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return key, value
 
 
-# Partial manual axes need jit, which also keeps the program of a call outside of one.
+class _Pairs(NamedTuple):
+    """What belongs to pairs of a query and a key."""
+
+    scale: Any
+    bias: Any
+    mask: Any
+    drops: Any
+
+    def part(self, row: Any, rows: int, column: Any, columns: int) -> "_Pairs":
+        """That of queries row .. row + rows - 1 and keys column .. column + columns - 1 of the whole sequences.
+
+        An array that was split over the devices has this device's part already, which `take` leaves as it is.
+        """
+        bias, mask, drops = self.bias, self.mask, self.drops
+
+        def cut(x: Any) -> Any:
+            return None if x is None else take(take(x, row, rows, -2), column, columns, -1)
+
+        def side(x: Any, start: Any, size: int) -> Any:
+            return None if x is None else take(x, start, size, -1)
+
+        part = Mask(
+            q_mask=side(mask.q_mask, row, rows),
+            kv_mask=side(mask.kv_mask, column, columns),
+            lower=None if mask.lower is None else mask.lower + row - column,
+            upper=None if mask.upper is None else mask.upper + row - column,
+            segments=tuple((side(q, row, rows), side(kv, column, columns)) for q, kv in mask.segments),
+            dense=cut(mask.dense),
+        )
+        return _Pairs(self.scale, cut(bias), part, None if drops is None else drops.part(row, rows, column, columns))
+
+    def specs(self, queries: str | None, keys: str | None) -> "_Pairs":
+        """How they are split where rows belong to the mesh axis `queries` and columns to `keys`."""
+        mask, drops = self.mask, self.drops
+
+        def split(x: Any, *axes: str | None) -> Any:
+            """The last axes of an array over these; but one of length 1 broadcasts, and stays."""
+            if x is None:
+                return None
+            shape = jnp.shape(x)
+            axes = ((None,) * len(shape) + axes)[len(axes) :]
+            return PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, shape, strict=True)))
+
+        split_mask = Mask(
+            q_mask=split(mask.q_mask, queries),
+            kv_mask=split(mask.kv_mask, keys),
+            lower=split(mask.lower),
+            upper=split(mask.upper),
+            segments=tuple((split(q, queries), split(kv, keys)) for q, kv in mask.segments),
+            dense=split(mask.dense, queries, keys),
+        )
+        split_drops = None
+        if drops is not None:
+            first, second = (split(words, queries) for words in drops.rows)
+            split_drops = Drops((first, second), split(drops.columns, keys))
+        return _Pairs(split(self.scale), split(self.bias, queries, keys), split_mask, split_drops)
+
+
+# An axis of several can be manual within jit only, which also keeps the program of a call from outside.
 @functools.partial(jax.jit, static_argnums=0)
-def _over_mesh(plan: _Plan, query: Any, key: Any, value: Any, scale: Any, bias: Any, mask: Mask, drops: Any) -> Any:
-    # Of what belongs to pairs, a device gets the rows or the columns that it keeps, and all of the others.
-    queries, keys = (AXIS, None) if plan.way == "kv_ring" else (None, AXIS)
-
-    def split(x: Any, *axes: str | None) -> Any:
-        """The last axes of an array over these mesh axes, but for those of length 1, which broadcast."""
-        if x is None:
-            return None
-        shape = jnp.shape(x)
-        axes = ((None,) * len(shape) + axes)[len(axes) :]
-        return PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, shape, strict=True)))
-
-    in_mask = Mask(
-        q_mask=split(mask.q_mask, queries),
-        kv_mask=split(mask.kv_mask, keys),
-        lower=split(mask.lower),
-        upper=split(mask.upper),
-        segments=tuple((split(q, queries), split(kv, keys)) for q, kv in mask.segments),
-        dense=split(mask.dense, queries, keys),
-    )
-    in_drops = None
-    if drops is not None:
-        in_drops = Drops(tuple(split(words, queries) for words in drops.rows), split(drops.columns, keys))
+def _over_mesh(plan: _Plan, query: Any, key: Any, value: Any, pairs: _Pairs) -> tuple[jax.Array, jax.Array]:
     leading = (None,) * (query.ndim - 3)
     rows = PartitionSpec(*leading, AXIS)
+    # The side that stays on its device has its part of what belongs to pairs; of the other side, all.
+    specs = pairs.specs(AXIS, None) if plan.way == "kv_ring" else pairs.specs(None, AXIS)
     return jax.shard_map(
         functools.partial(_on_device, plan),
-        in_specs=(rows, rows, rows, PartitionSpec(), split(bias, queries, keys), in_mask, in_drops),
+        in_specs=(rows, rows, rows, specs),
         out_specs=(rows, PartitionSpec(*leading, None, AXIS)),
         axis_names={AXIS},
         check_vma=False,
-    )(query, key, value, scale, bias, mask, drops)
+    )(query, key, value, pairs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _on_device(plan: _Plan, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+def _on_device(plan: _Plan, query: Any, key: Any, value: Any, pairs: _Pairs) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp of this device's queries: [*B, N / P, H, Dv] and [*B, H, N / P]."""
-    return _forward(plan, *arguments)[0]
+    return _forward(plan, query, key, value, pairs)[0]
 
 
-def _forward(plan: _Plan, query: Any, key: Any, value: Any, *pairs: Any) -> tuple[Any, Any]:
+def _forward(plan: _Plan, query: Any, key: Any, value: Any, pairs: _Pairs) -> tuple[tuple, tuple]:
     forward = _gather_forward if plan.way == "gather" else _ring_forward
-    out, lse, kept = forward(plan, query, key, value, *pairs)
-    return (out.astype(value.dtype), lse), (query, key, value, *pairs, out, lse, kept)
+    out, lse, kept = forward(plan, query, key, value, pairs)
+    return (out.astype(value.dtype), lse), (query, key, value, pairs, out, lse, kept)
 
 
 def _backward(plan: _Plan, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
-    *arguments, out, lse, kept = residuals
+    query, key, value, pairs, out, lse, kept = residuals
     d_out, d_lse = cotangents
     d_out = d_out.astype(lse.dtype)
     shift = d_lse - jnp.einsum("...nhd,...nhd->...hn", d_out, out)
     backward = _gather_backward if plan.way == "gather" else _ring_backward
-    gradients = backward(plan, *arguments, d_out, lse, shift, kept)
-    cast = [None if x is None else d_x.astype(x.dtype) for x, d_x in zip(arguments, gradients, strict=False)]
-    return *cast, None, None
+    d_query, d_key, d_value, d_scale, d_bias = backward(plan, query, key, value, pairs, d_out, lse, shift, kept)
+    d_bias = None if d_bias is None else d_bias.astype(pairs.bias.dtype)
+    return (
+        d_query.astype(query.dtype),
+        d_key.astype(key.dtype),
+        d_value.astype(value.dtype),
+        _Pairs(d_scale, d_bias, None, None),
+    )
 
 
 _on_device.defvjp(_forward, _backward)
 
 
-def _part(
-    bias: Any, mask: Mask, drops: Drops | None, row: Any, rows: int, column: Any, columns: int
-) -> tuple[Any, Mask, Drops | None]:
-    """What belongs to queries row .. row + rows - 1 and keys column .. column + columns - 1 of the whole sequences.
-
-    Of an array that holds no others already, `take` leaves the axis as it is.
-    """
-
-    def cut(x: Any) -> Any:
-        return None if x is None else take(take(x, row, rows, -2), column, columns, -1)
-
-    def side(x: Any, start: Any, size: int) -> Any:
-        return None if x is None else take(x, start, size, -1)
-
-    part = Mask(
-        q_mask=side(mask.q_mask, row, rows),
-        kv_mask=side(mask.kv_mask, column, columns),
-        lower=None if mask.lower is None else mask.lower + row - column,
-        upper=None if mask.upper is None else mask.upper + row - column,
-        segments=tuple((side(q, row, rows), side(kv, column, columns)) for q, kv in mask.segments),
-        dense=cut(mask.dense),
-    )
-    return cut(bias), part, None if drops is None else drops.part(row, rows, column, columns)
-
-
 # gather
 
 
-def _gather_forward(
-    plan: _Plan, query: Any, key: Any, value: Any, scale: Any, bias: Any, mask: Mask, drops: Any
-) -> tuple[jax.Array, jax.Array, Any]:
+def _gather_forward(plan: _Plan, query: Any, key: Any, value: Any, pairs: _Pairs) -> tuple[Any, Any, Any]:
     own, num_keys, axis = query.shape[-3], key.shape[-3], query.ndim - 3
     query = lax.all_gather(query, AXIS, axis=axis, tiled=True)
-    pairs = _part(bias, mask, drops, 0, query.shape[-3], lax.axis_index(AXIS) * num_keys, num_keys)
-    out, lse = chunked.attend_in_blocks(plan.settings(query, key, value), query, (key, value), scale, *pairs)
+    part = pairs.part(0, query.shape[-3], lax.axis_index(AXIS) * num_keys, num_keys)
+    partial: Any = chunked.attend_in_blocks(plan.settings(query, key, value), query, (key, value), *part)
+    out, lse = partial
     # `merge` of all devices at once.
     top = lax.pmax(lse, AXIS)
     top = jnp.where(jnp.isfinite(top), top, 0)
     mass = _by_query(jnp.exp(lse - top))
-    total = lax.psum_scatter(
-        jnp.concatenate([mass * out, mass], axis=-1), AXIS, scatter_dimension=axis, tiled=True
-    )
-    mass = total[..., -1:]
+    total = lax.psum_scatter(jnp.concatenate([mass * out, mass], -1), AXIS, scatter_dimension=axis, tiled=True)
+    out, mass = total[..., :-1], total[..., -1:]
     some = jnp.where(mass == 0, 1, mass)
     lse = jnp.where(mass == 0, -jnp.inf, jnp.log(some))[..., 0]
-    return total[..., :-1] / some, jnp.swapaxes(lse, -1, -2) + _own(top, own), (query, top)
+    return out / some, jnp.swapaxes(lse, -1, -2) + _own(top, own), (query, top)
 
 
 def _gather_backward(
@@ -223,10 +243,7 @@ def _gather_backward(
     query: Any,
     key: Any,
     value: Any,
-    scale: Any,
-    bias: Any,
-    mask: Mask,
-    drops: Any,
+    pairs: _Pairs,
     d_out: jax.Array,
     lse: jax.Array,
     shift: jax.Array,
@@ -234,17 +251,22 @@ def _gather_backward(
 ) -> tuple:
     own, num_keys, axis = query.shape[-3], key.shape[-3], query.ndim - 3
     query, top = kept
-    # exp(s - lse) = exp(s - top) / sum, and each device has the top already: the sum divides what is sent anyway.
+    # All devices have the top of each row, but none has its sum: what is sent is divided by it before, so that
+    # exp(s - top) takes the place of exp(s - lse).
     share = _by_query(jnp.where(jnp.isfinite(lse), jnp.exp(_own(top, own) - lse), 0))
-    sent = jnp.concatenate([share * d_out, share * _by_query(shift)], axis=-1)
+    sent = jnp.concatenate([share * d_out, share * _by_query(shift)], -1)
     sent = lax.all_gather(sent, AXIS, axis=axis, tiled=True)
-    d_out, shift = sent[..., :-1], jnp.swapaxes(sent[..., -1], -1, -2)
-    pairs = _part(bias, mask, drops, 0, query.shape[-3], lax.axis_index(AXIS) * num_keys, num_keys)
-    d_query, (d_key, d_value), d_scale, d_bias = chunked.gradients_in_blocks(
-        plan.settings(query, key, value), query, (key, value), scale, *pairs, top, shift, d_out
+    part = pairs.part(0, query.shape[-3], lax.axis_index(AXIS) * num_keys, num_keys)
+    d_query, d_kv, d_scale, d_bias = chunked.gradients_in_blocks(
+        plan.settings(query, key, value),
+        query,
+        (key, value),
+        *part,
+        lse=top,
+        shift=jnp.swapaxes(sent[..., -1], -1, -2),
+        d_out=sent[..., :-1],
     )
-    d_query = lax.psum_scatter(d_query, AXIS, scatter_dimension=axis, tiled=True)
-    return d_query, d_key, d_value, d_scale, d_bias
+    return lax.psum_scatter(d_query, AXIS, scatter_dimension=axis, tiled=True), *d_kv, d_scale, d_bias
 
 
 def _by_query(x: jax.Array) -> jax.Array:
@@ -257,14 +279,14 @@ def _own(x: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * size, size, x.ndim - 1)
 
 
-# rings
+# ring and kv_ring: the same step, with one side or the other on its way
 
 
-def _rotate(step: Callable[[Any, Any, Any, Any], tuple[Any, Any]], inputs: Any, home: Any, stay: Any) -> tuple[Any, Any]:
-    """`home, stay = step(block, inputs, home, stay)` once for each device's block, while blocks go round the ring.
+def _rotate(step: Callable[..., tuple[Any, Any]], inputs: Any, home: Any, stay: Any) -> tuple[Any, Any]:
+    """`home, stay = step(block, inputs, home, stay)` for the block of each device, while blocks go round the ring.
 
-    A device passes `inputs` on to the next one, and the results `home` with them, which return to where they began.
-    `stay` are results of the device itself.
+    A device passes `inputs` on to the next one, and the results `home` with them, which end where they began. `stay`
+    are results of the device itself.
     """
     size, index = lax.axis_size(AXIS), lax.axis_index(AXIS)
 
@@ -283,33 +305,33 @@ def _rotate(step: Callable[[Any, Any, Any, Any], tuple[Any, Any]], inputs: Any, 
     return hop(home), stay
 
 
-def _ring_forward(
-    plan: _Plan, query: Any, key: Any, value: Any, scale: Any, bias: Any, mask: Mask, drops: Any
-) -> tuple[jax.Array, jax.Array, Any]:
+def _ring_forward(plan: _Plan, query: Any, key: Any, value: Any, pairs: _Pairs) -> tuple[Any, Any, Any]:
     num_queries, num_keys, index = query.shape[-3], key.shape[-3], lax.axis_index(AXIS)
     settings = plan.settings(query, key, value)
 
-    def attend(query: Any, kv: Any, partial: Partial, row: Any, column: Any) -> Partial:
-        pairs = _part(bias, mask, drops, row * num_queries, num_queries, column * num_keys, num_keys)
-        return merge(partial, chunked.attend_in_blocks(settings, query, kv, scale, *pairs))
+    def add(partial: Partial, row: Any, query: Any, column: Any, kv: Any) -> Partial:
+        part = pairs.part(row * num_queries, num_queries, column * num_keys, num_keys)
+        return merge(partial, chunked.attend_in_blocks(settings, query, kv, *part))
 
     nothing = (
         jnp.zeros((*query.shape[:-1], value.shape[-1]), settings.out_dtype),
-        jnp.full((*query.shape[:-3], query.shape[-2], num_queries), -jnp.inf, scale.dtype),
+        jnp.full((*query.shape[:-3], query.shape[-2], num_queries), -jnp.inf, pairs.scale.dtype),
     )
     if plan.way == "ring":
-
-        def step(block: Any, query: Any, partial: Any, _: Any) -> Any:
-            return attend(query, (key, value), partial, block, index), ()
-
-        (out, lse), _ = _rotate(step, query, nothing, ())
+        (out, lse), _ = _rotate(
+            lambda block, query, partial, stay: (add(partial, block, query, index, (key, value)), stay),
+            query,
+            home=nothing,
+            stay=None,
+        )
     else:
-
-        def step(block: Any, kv: Any, _: Any, partial: Any) -> Any:
-            return (), attend(query, kv, partial, index, block)
-
-        _, (out, lse) = _rotate(step, (key, value), (), nothing)
-    return out, lse, ()
+        _, (out, lse) = _rotate(
+            lambda block, kv, home, partial: (home, add(partial, index, query, block, kv)),
+            (key, value),
+            home=None,
+            stay=nothing,
+        )
+    return out, lse, None
 
 
 def _ring_backward(
@@ -317,42 +339,40 @@ def _ring_backward(
     query: Any,
     key: Any,
     value: Any,
-    scale: Any,
-    bias: Any,
-    mask: Mask,
-    drops: Any,
+    pairs: _Pairs,
     d_out: jax.Array,
     lse: jax.Array,
     shift: jax.Array,
-    kept: Any,
+    kept: None,
 ) -> tuple:
     num_queries, num_keys, index = query.shape[-3], key.shape[-3], lax.axis_index(AXIS)
     settings = plan.settings(query, key, value)
 
-    def add(asked: Any, kv: Any, d_query: Any, d_kv: Any, d_pairs: Any, row: Any, column: Any) -> tuple:
-        query, *rest = asked
+    def add(totals: Any, row: Any, asked: Any, column: Any, kv: Any) -> Any:
+        d_query, d_kv, d_scale, d_bias = totals
         row, column = row * num_queries, column * num_keys
-        pairs = _part(bias, mask, drops, row, num_queries, column, num_keys)
-        d_q, d_keys_values, d_s, d_b = chunked.gradients_in_blocks(settings, query, kv, scale, *pairs, *rest)
-        d_scale, d_bias = d_pairs
+        part = pairs.part(row, num_queries, column, num_keys)
+        d_q, d_keys_values, d_s, d_b = chunked.gradients_in_blocks(settings, asked["query"], kv, *part, **asked["rest"])
         d_bias = None if d_bias is None else chunked.add_block(d_bias, d_b, row, column)
-        return d_query + d_q, jax.tree.map(jnp.add, d_kv, d_keys_values), (d_scale + d_s, d_bias)
+        return d_query + d_q, jax.tree.map(jnp.add, d_kv, d_keys_values), d_scale + d_s, d_bias
 
-    d_query, d_key, d_value, d_scale = (jnp.zeros(x.shape, lse.dtype) for x in (query, key, value, scale))
-    d_kv, d_pairs = (d_key, d_value), (d_scale, None if bias is None else jnp.zeros(bias.shape, lse.dtype))
-    asked = (query, lse, shift, d_out)
+    def zeros(x: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, lse.dtype), x)
+
+    kv, asked = (key, value), {"query": query, "rest": {"lse": lse, "shift": shift, "d_out": d_out}}
+    d_pairs = zeros((pairs.scale, pairs.bias))
     if plan.way == "ring":
 
-        def step(block: Any, asked: Any, d_query: Any, stay: Any) -> Any:
-            d_query, *stay = add(asked, (key, value), d_query, *stay, block, index)
+        def queries_travel(block: Any, asked: Any, d_query: Any, stay: Any) -> Any:
+            d_query, *stay = add((d_query, *stay), block, asked, index, kv)
             return d_query, tuple(stay)
 
-        d_query, (d_kv, d_pairs) = _rotate(step, asked, d_query, (d_kv, d_pairs))
+        d_query, (d_kv, *d_pairs) = _rotate(queries_travel, asked, zeros(query), (zeros(kv), *d_pairs))
     else:
 
-        def step(block: Any, kv: Any, d_kv: Any, stay: Any) -> Any:
-            d_query, d_kv, d_pairs = add(asked, kv, stay[0], d_kv, stay[1], index, block)
-            return d_kv, (d_query, d_pairs)
+        def keys_travel(block: Any, kv: Any, d_kv: Any, stay: Any) -> Any:
+            d_query, d_kv, *d_pairs = add((stay[0], d_kv, *stay[1:]), index, asked, block, kv)
+            return d_kv, (d_query, *d_pairs)
 
-        d_kv, (d_query, d_pairs) = _rotate(step, (key, value), d_kv, (d_query, d_pairs))
+        d_kv, (d_query, *d_pairs) = _rotate(keys_travel, kv, zeros(kv), (zeros(query), *d_pairs))
     return d_query, *d_kv, *d_pairs
