@@ -58,9 +58,10 @@ def dot_product_attention(
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
       implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given, or if the
         float32 scores are larger than `CHUNKED_ABOVE` (64 MiB) and M is more than one key chunk (1024);
-        otherwise "xla", which is faster there.
-      query_chunk_size: queries in a block of "chunked".
-      key_chunk_size: keys in a block of "chunked".
+        otherwise "xla", which is faster there. "gather", "ring" and "kv_ring" compute where queries and keys
+        are split over the mesh axis `sequence` (`xattn.ops.attention.distributed`).
+      query_chunk_size: queries in a block of "chunked", or of one device.
+      key_chunk_size: keys in a block of "chunked", or of one device.
 
     Returns:
       Output [*B, N, H, Dv] in the dtype of `value`; with `return_lse` also float32 [*B, H, N].

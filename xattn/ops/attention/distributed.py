@@ -20,6 +20,7 @@ causal masks compare indices within a block, heads have one width, and merging r
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ from xattn.ops.attention.merge import Partial, merge
 
 AXIS = "sequence"
 """The mesh axis that queries and keys are split over."""
+BATCH, HEADS = ("data", "fsdp"), ("tensor",)
+"""Those that batch and heads are split over, where they divide them: as in the rules of `xattn.parallel.mesh`."""
+_Axes = str | tuple[str, ...] | None
+
 KEY_CHUNK = 256
 """Keys in a block: all gathered queries stand beside them, and longer blocks were not faster (measured on a CPU)."""
 
@@ -57,8 +62,8 @@ def attend(
 ) -> tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
     """`dot_product_attention` of whole arrays, computed where their parts lie on the axis `AXIS` of the current mesh.
 
-    Batch and heads may be split over other axes of the mesh. Masks, biases and dropout mean the whole sequence, as
-    everywhere. Differentiable in reverse mode only.
+    The first batch axis is split over `BATCH` and heads over `HEADS`, where these divide them. Masks, biases and
+    dropout mean the whole sequence, as everywhere. Differentiable in reverse mode only.
 
     Args:
       way: "gather", "ring" or "kv_ring".
@@ -144,45 +149,55 @@ class _Pairs(NamedTuple):
         )
         return _Pairs(self.scale, cut(bias), part, None if drops is None else drops.part(row, rows, column, columns))
 
-    def specs(self, queries: str | None, keys: str | None) -> "_Pairs":
-        """How they are split where rows belong to the mesh axis `queries` and columns to `keys`."""
+    def specs(self, leading: tuple, heads: _Axes, queries: _Axes, keys: _Axes) -> "_Pairs":
+        """How they are split where [*B, H, N, M] is [*leading, heads, queries, keys]."""
         mask, drops = self.mask, self.drops
 
-        def split(x: Any, *axes: str | None) -> Any:
-            """The last axes of an array over these; but one of length 1 broadcasts, and stays."""
+        def split(x: Any, *axes: _Axes) -> Any:
+            """An array that broadcasts to one with these axes; where its own has length 1, it stays whole."""
             if x is None:
                 return None
             shape = jnp.shape(x)
-            axes = ((None,) * len(shape) + axes)[len(axes) :]
+            axes = axes[len(axes) - len(shape) :]
             return PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, shape, strict=True)))
 
+        scores, asking, asked = (*leading, heads, queries, keys), (*leading, queries), (*leading, keys)
         split_mask = Mask(
-            q_mask=split(mask.q_mask, queries),
-            kv_mask=split(mask.kv_mask, keys),
-            lower=split(mask.lower),
-            upper=split(mask.upper),
-            segments=tuple((split(q, queries), split(kv, keys)) for q, kv in mask.segments),
-            dense=split(mask.dense, queries, keys),
+            q_mask=split(mask.q_mask, *asking),
+            kv_mask=split(mask.kv_mask, *asked),
+            lower=split(mask.lower, *leading),
+            upper=split(mask.upper, *leading),
+            segments=tuple((split(q, *asking), split(kv, *asked)) for q, kv in mask.segments),
+            dense=split(mask.dense, *scores),
         )
         split_drops = None
         if drops is not None:
-            first, second = (split(words, queries) for words in drops.rows)
+            first, second = (split(words, *scores[:-1]) for words in drops.rows)
             split_drops = Drops((first, second), split(drops.columns, keys))
-        return _Pairs(split(self.scale), split(self.bias, queries, keys), split_mask, split_drops)
+        return _Pairs(split(self.scale, heads), split(self.bias, *scores), split_mask, split_drops)
 
 
-# An axis of several can be manual within jit only, which also keeps the program of a call from outside.
 @functools.partial(jax.jit, static_argnums=0)
 def _over_mesh(plan: _Plan, query: Any, key: Any, value: Any, pairs: _Pairs) -> tuple[jax.Array, jax.Array]:
-    leading = (None,) * (query.ndim - 3)
-    rows = PartitionSpec(*leading, AXIS)
+    mesh = jax.sharding.get_abstract_mesh().shape
+
+    def over(axes: tuple[str, ...], *lengths: int) -> _Axes:
+        """Those of the mesh, if they divide the lengths."""
+        axes = tuple(axis for axis in axes if axis in mesh)
+        devices = math.prod(mesh[axis] for axis in axes)
+        return axes if all(length % devices == 0 for length in lengths) else None
+
+    # All axes of the mesh are manual: with others left to it, the compiler would gather batch and heads before each
+    # all-gather and reduce-scatter.
+    batch, heads = query.shape[:-3], over(HEADS, query.shape[-2], key.shape[-2])
+    leading = (over(BATCH, batch[0]), *(None,) * (len(batch) - 1)) if batch else ()
     # The side that stays on its device has its part of what belongs to pairs; of the other side, all.
-    specs = pairs.specs(AXIS, None) if plan.way == "kv_ring" else pairs.specs(None, AXIS)
+    queries, keys = (AXIS, None) if plan.way == "kv_ring" else (None, AXIS)
+    rows = PartitionSpec(*leading, AXIS, heads, None)
     return jax.shard_map(
         functools.partial(_on_device, plan),
-        in_specs=(rows, rows, rows, specs),
-        out_specs=(rows, PartitionSpec(*leading, None, AXIS)),
-        axis_names={AXIS},
+        in_specs=(rows, rows, rows, pairs.specs(leading, heads, queries, keys)),
+        out_specs=(rows, PartitionSpec(*leading, heads, AXIS)),
         check_vma=False,
     )(query, key, value, pairs)
 
