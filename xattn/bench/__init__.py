@@ -12,10 +12,13 @@ WORKLOADS = {
     "W3": "xattn.bench.w3_crossvit",
     "W4": "xattn.bench.w4_rerank",
     "W5": "xattn.bench.w5_episode",
+    "W6": "xattn.bench.w6_distributed",
     "W7a": "xattn.bench.w7_input",
     "W7b": "xattn.bench.w7b_start",
 }
-QUICK = ("W1", "W2")
+QUICK = ("W1", "W2", "W6")
+SIMULATED = {"W6": 8}
+"""Workloads of a process with this many simulated devices, whatever the machine has."""
 MODES = ("two-core", "one-core", "device")
 PEERS = ("torch", "timm", "hf", "flax")
 DTYPES = ("f32", "bf16")
