@@ -4,6 +4,7 @@ That each way equals the definition on two devices is in test_attention.py.
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -185,6 +186,15 @@ def test_the_axes_are_those_of_the_mesh():
     assert distributed.AXIS in AXES
     rules = dict(RULES)
     assert rules["batch"] == distributed.BATCH and (rules["act_heads"],) == distributed.HEADS
+
+
+def test_the_example_of_the_documentation():
+    page = (Path(__file__).parents[3] / "docs" / "distributed_attention.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    wanted = dot_product_attention(*(jnp.asarray(np.asarray(names[name])) for name in ("query", "key", "value")))
+    np.testing.assert_allclose(names["out"], wanted, atol=1e-6)
+    assert names["out"].sharding.is_equivalent_to(names["split"], 4)
 
 
 # What is sent, at the sizes of a text that asks a video: 512 queries, 65536 keys, 8 heads of 64, 8 devices, float32.

@@ -4,12 +4,12 @@ Each of P devices holds N / P queries and M / P keys and values. Three exact way
 device then sends, in numbers, with H heads of width D and one statistic a query and head, per batch entry:
 
     gather    All queries go to all devices, each attends to its own keys, and one reduce-scatter brings the weighted
-              results home: (P - 1) N/P H (2 D + 1), in 3 collectives, 2 more for the gradients.
+              results home: (P - 1) N/P H (2 D + 3), in 3 collectives, 2 more for the gradients.
     ring      LV-XAttn (arXiv 2502.02406): the queries of a device travel round the ring of devices with their partial
               result, which `merge` completes: N/P H ((2 P - 1) D + P). No device ever holds all queries.
     kv_ring   Ring Attention (arXiv 2310.01889): keys and values travel: (P - 1) M/P G 2 D.
 
-With few queries of many keys, as where a text reads a video, the first two send less: iff N (D + 1) < M D for G = H.
+With few queries of many keys, as where a text reads a video, the first two send less: iff N H (D + 1) < M G D.
 Within a device all of them go through `chunked`, forward and backward, so the scores never exist as a whole. Softmax
 statistics and partial results are float32.
 
