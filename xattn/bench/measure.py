@@ -28,6 +28,7 @@ import numpy as np
 
 from xattn.bench import WORKLOADS, Request
 from xattn.bench.goals import ENOUGH, GOALS, Round, statistics, usable, verdict
+from xattn.ops.products import BFLOAT16
 from xattn.train.optim import make_optimizer
 from xattn.train.state import TrainState
 from xattn.train.step import make_train_step
@@ -128,6 +129,16 @@ def jitted(function: Callable[..., Any], *arguments: Any, view: Callable[[Any], 
     """The program `function(*arguments)`, compiled."""
     program, seconds, temp_mb = compiled(function, *arguments)
     return Program(lambda: program(*arguments), view, compile_s=seconds, temp_mb=temp_mb)
+
+
+def rounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with products of bfloat16 that are summed in float32."""
+
+    def run(*arguments: Any) -> Any:
+        with jax.default_matmul_precision(BFLOAT16):
+            return function(*arguments)
+
+    return run
 
 
 def training(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xattn.bench import Request, peers
-from xattn.bench.measure import Case, Program, Row, Work, jitted
+from xattn.bench.measure import Case, Program, Row, Work, jitted, rounded
 from xattn.layers.cross_attention import CrossAttention
 from xattn.ops.attention import dot_product_attention
 
@@ -38,9 +38,8 @@ def cases(
     params = peers.variables(model, x, text)["params"]
     arguments = (jax.tree.map(array, params), array(x), array(text))
 
-    def ours(**precision: Any) -> Callable[..., Any]:
-        layer = model.clone(**precision)
-        return lambda params, x, text: layer.apply({"params": params}, x, text)
+    def ours(params: Any, x: Any, text: Any) -> Any:
+        return model.apply({"params": params}, x, text)
 
     def flax(params: Any, x: Any, text: Any) -> Any:
         # Linen's module has all biases or none.
@@ -90,22 +89,15 @@ def cases(
     shape = f"B{batch} {queries}x{width} <- {keys}x{context}, {num_heads} heads of {width // num_heads}"
     baseline = ("torch sdpa", "plain jnp")
     forward_rows = [
-        Row("xattn", "ours", lambda: jitted(ours(), *arguments)),
-        # The place for products in bfloat16 that are summed in float32, once the core has them as a mode.
-        Row(
-            "xattn bf16",
-            "ours",
-            lambda: jitted(ours(dtype=jnp.bfloat16), *arguments),
-            tolerance=1e-2,
-            dtype="bf16",
-        ),
+        Row("xattn", "ours", lambda: jitted(ours, *arguments)),
+        Row("xattn bf16", "ours", lambda: jitted(rounded(ours), *arguments), tolerance=1e-2, dtype="bf16"),
         *peers.rows(lambda lib: lib.program(*layer(lib)), dtype),
         Row("flax MHDPA", "reference", lambda: jitted(flax, *arguments)),
         Row("torch nn.MultiheadAttention", "peer", torch_module, package="torch"),
     ]
     cached_rows = [Row("xattn", "ours", ours_cached), *peers.rows(cached, dtype)]
     gradient_rows = [
-        Row("xattn", "ours", lambda: peers.gradients(ours(), array(towards), *arguments)),
+        Row("xattn", "ours", lambda: peers.gradients(ours, array(towards), *arguments)),
         *peers.rows(gradients, dtype),
         Row("flax MHDPA", "reference", lambda: peers.gradients(flax, array(towards), *arguments)),
     ]

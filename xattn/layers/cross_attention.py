@@ -1,6 +1,8 @@
 """Multi-head attention of one sequence over another, or over itself, as one Linen module."""
 
 import math
+import string
+from itertools import islice
 from typing import Any, Literal, overload
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ from xattn.ops.attention import Mask, additive_attention, attention_weights, dot
 from xattn.ops.attention.absorbed import Affine, Norm, absorbed_attention, absorbing_pays
 from xattn.ops.attention.additive import additive_scores
 from xattn.ops.attention.xla import softmax, weighted_sum
+from xattn.ops.products import einsum
 
 Initializer = nn.initializers.Initializer
 
@@ -72,7 +75,9 @@ class Projection(nn.Module):
         if as_affine:
             return Affine(kernel, bias)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        x = jnp.tensordot(x, kernel, axes=contracted)
+        letters = iter(string.ascii_lowercase)
+        rows, cin, cout = ("".join(islice(letters, n)) for n in (x.ndim - contracted, contracted, len(self.features)))
+        x = einsum(f"{rows}{cin},{cin}{cout}->{rows}{cout}", x, kernel)
         return x if bias is None else x + bias
 
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from xattn.layers.cross_attention import CrossAttention
+from xattn.layers.cross_attention import CrossAttention, Projection
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
@@ -23,15 +23,10 @@ def uniform(bound: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def torch_dense(features: int, fan_in: int, axes: tuple[str, str], **kwargs) -> nn.Dense:
+def torch_dense(features: int, fan_in: int, axes: tuple[str, str], **kwargs) -> Projection:
     """Dense layer with torch's default initialisation, U(+-1/sqrt(fan_in)) for kernel and bias."""
     init = uniform(fan_in**-0.5)
-    return nn.Dense(
-        features,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(init, ("norm",)),
-        **kwargs,
-    )
+    return Projection((features,), axes, ("norm",), kernel_init=init, bias_init=init, **kwargs)
 
 
 def torch_attention(width: int, **kwargs) -> CrossAttention:

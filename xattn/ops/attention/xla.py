@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from xattn.ops.attention import dropout
 from xattn.ops.attention.masks import Mask
+from xattn.ops.products import einsum
 
 
 def cap_bias_mask(
@@ -38,36 +39,51 @@ def dot_scores(
     *batch, num_queries, heads, width = query.shape
     groups = key.shape[-2]
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    # Heads that share a key head become more queries of it, [*B, (H / G) N, G, D], so that both products are
-    # those of equal heads; for H = G these steps move nothing.
-    query = jnp.moveaxis(query.reshape(*batch, num_queries, groups, heads // groups, width), -2, -4)
-    query = query.reshape(*batch, heads // groups * num_queries, groups, width)
-    scores = jnp.einsum("...nhd,...mhd->...hnm", query, key, preferred_element_type=dtype)
-    scores = scores.reshape(*batch, heads, num_queries, key.shape[-3])
-    scores = scores * jnp.asarray(scale, dtype)[..., None, None]
+    scale = jnp.asarray(scale, dtype)[..., None, None]
+    query = jnp.moveaxis(query, -2, -3)
+    if query.dtype == dtype:  # the queries are fewer numbers than the scores
+        query, scale = query * scale, None
+    # Heads that share a key head are next to each other: they become more queries of it.
+    query = query.reshape(*batch, groups, heads // groups * num_queries, width)
+    key = jnp.moveaxis(key, -2, -3)
+    scores = einsum("...nd,...md->...nm", query, key, dtype)
+    scores = scores.reshape(*batch, heads, num_queries, key.shape[-2])
+    if scale is not None:
+        scores = scores * scale
     return cap_bias_mask(scores, bias=bias, mask=mask, logits_soft_cap=logits_soft_cap)
 
 
 def exponentials(
     scores: Float[Array, "*B H N M"],
 ) -> tuple[Float[Array, "*B H N M"], Float[Array, "*B H N 1"], Float[Array, "*B H N"]]:
-    """e^(s - max) for each key, what its row must be divided by (the sum, or 1 for 0), and the log-sum-exp.
+    """e^(s - max) for each key, what its row must be divided by (the sum, if it is not 0), and the log-sum-exp.
 
-    A row of -inf gives 0, 1 and -inf.
+    A row of -inf gives 0, a number above 0, and -inf.
     """
-    shift = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
-    shift = jnp.where(jnp.isfinite(shift), shift, 0)
+    # Bounds instead of `where` leave a chain that XLA's CPU backend fuses with the products around it. A row with
+    # a key sums to 1 or more.
+    lowest = jnp.finfo(scores.dtype).min
+    shift = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=lowest))
     mass = jnp.exp(scores - shift)
     total = jnp.sum(mass, axis=-1, keepdims=True)
-    some = jnp.where(total == 0, 1, total)
+    some = jnp.maximum(total, 0.5)
     lse = jnp.where(total == 0, -jnp.inf, shift + jnp.log(some))
     return mass, some, lse[..., 0]
 
 
+@jax.custom_jvp
 def softmax(scores: Float[Array, "*B H N M"]) -> tuple[Float[Array, "*B H N M"], Float[Array, "*B H N"]]:
     """Softmax over the keys and the log-sum-exp; a row of -inf gives weights 0 and -inf."""
     mass, total, lse = exponentials(scores)
     return mass / total, lse
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+    # From the weights alone, so that a backward pass keeps one array of this size and not three.
+    weights, lse = softmax(*primals)
+    change = jnp.sum(weights * tangents[0], axis=-1, keepdims=True)
+    return (weights, lse), (weights * (tangents[0] - change), change[..., 0])
 
 
 def weighted_sum(
@@ -76,11 +92,9 @@ def weighted_sum(
     """The values averaged by the weights, multiplied in the values' dtype; the result has `dtype` (the same)."""
     *batch, heads, num_queries, num_keys = weights.shape
     groups, width = value.shape[-2:]
-    weights = weights.astype(value.dtype)
-    weights = weights.reshape(*batch, groups, heads // groups * num_queries, num_keys)
-    out = jnp.einsum("...hnm,...mhd->...nhd", weights, value, preferred_element_type=dtype or value.dtype)
-    out = jnp.moveaxis(out.reshape(*batch, heads // groups, num_queries, groups, width), -4, -2)
-    return out.reshape(*batch, num_queries, heads, width)
+    weights = weights.astype(value.dtype).reshape(*batch, groups, heads // groups * num_queries, num_keys)
+    out = einsum("...nm,...md->...nd", weights, jnp.moveaxis(value, -2, -3), dtype)
+    return jnp.moveaxis(out.reshape(*batch, heads, num_queries, width), -3, -2)
 
 
 def attend(
