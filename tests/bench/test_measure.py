@@ -128,6 +128,25 @@ def test_blocks_have_the_keys_of_the_schema(workload, monkeypatch):
             assert goal["verdict"] in ("pass", "fail", "noisy", "n/a")
 
 
+def test_a_counted_block_has_bytes_and_no_times():
+    request = Request("W6", suite="quick", mode="one-core", threads=1, budget_s=0.0, peers=[])
+    forward, _ = importlib.import_module(WORKLOADS["W6"]).cases(request, **SIZES["W6"])
+    block = json.loads(json.dumps(run_case(forward, request)))
+    rows = {row["name"]: row for row in block["rows"]}
+    for row in rows.values():
+        assert row["status"] == "ok" and {"sent_mb", "collectives", "temp_mb", "compile_s"} <= set(row)
+        assert not {"ratio", "med_ms", "rounds", "gflops"} & set(row)
+    # Of 16 queries a device has 2 with 2 heads of 4 and a statistic of each; keys and values of 8 places.
+    q, s, kv = 4 * 2 * 2 * 4, 4 * 2 * 2, 4 * 2 * 8 * 2 * 4
+    sent = {name: round(1e6 * row["sent_mb"]) for name, row in rows.items()}
+    assert sent["xattn gather"] == 7 * (2 * q + 3 * s) and rows["xattn gather"]["collectives"] == 3
+    assert sent["xattn ring (LV-XAttn)"] == 15 * q + 7 * s
+    assert sent["ring of keys and values"] == 7 * kv
+    assert rows["xattn gather"]["of_formula"] == 1 and "of_formula" not in rows["plain jnp, partitioned"]
+    assert "max_err" in rows["xattn ring (LV-XAttn)"]
+    assert {goal["verdict"] for goal in block["goals"]} == {"pass"} and len(block["goals"]) == 4
+
+
 def test_peak_is_that_of_the_second_call(capsys):
     print_peak(Request("W1", mode="one-core", sizes=SIZES["W1"]).to_json(), "core", "plain jnp")
     assert 0 <= float(capsys.readouterr().out) < 50

@@ -37,6 +37,15 @@ def test_children_on_the_cpu_get_allocator_and_threads_and_those_of_an_accelerat
     assert environment("device", 8) == dict(os.environ)
 
 
+def test_devices_are_simulated_for_a_workload_that_counts_on_them(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    for mode in ("one-core", "device"):
+        found = environment(mode, 1, "W6")
+        assert found["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=8"
+        assert found["JAX_PLATFORMS"] == "cpu"
+    assert environment("one-core", 1, "W1")["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=false"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -111,6 +120,21 @@ def test_the_table_has_ours_first_and_goals_under_their_rows():
     assert "2.00 GFLOP  floor 4 ms  two-core, 7 rounds, foreign 2 %" in lines[0]
     assert lines[3].strip() == "time 0.500 <= 0.700 x theirs: PASS" and "baseline" in lines[5]
     assert [line.split()[0] for line in table(block, "one-core").splitlines()[2:4]] == ["slow", "fast"]
+
+
+def test_a_counted_block_shows_bytes_instead_of_times():
+    few = {"name": "few", "kind": "ours", "status": "ok", "sent_mb": 1.878, "collectives": 3, "of_formula": 1.0}
+    many = {"name": "many", "kind": "reference", "status": "ok", "sent_mb": 234.881, "collectives": 14}
+    some = {"name": "some", "kind": "reference", "status": "ok", "sent_mb": 2.81, "collectives": 4}
+    block = {"id": "W6", "title": "forward", "dtype": "f32", "shape": "small", "flops": 0, "floor_ms": None}
+    block |= {"baseline": "some", "rows": [many, some, few], "goals": []}
+    lines = table(block, "one-core").splitlines()
+    assert lines[0] == "W6 forward  f32  small  counted, not timed"
+    assert [line.split()[:4] for line in lines[2:]] == [
+        ["few", "ours", "1.878", "3"],
+        ["some", "reference", "2.810", "4"],
+        ["many", "reference", "234.881", "14"],
+    ]
 
 
 def test_the_process_that_starts_the_others_does_without_jax():

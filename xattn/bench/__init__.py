@@ -12,12 +12,15 @@ WORKLOADS = {
     "W3": "xattn.bench.w3_crossvit",
     "W4": "xattn.bench.w4_rerank",
     "W5": "xattn.bench.w5_episode",
+    "W6": "xattn.bench.w6_distributed",
     "W7a": "xattn.bench.w7_input",
     "W7b": "xattn.bench.w7b_start",
     "dispatch": "xattn.bench.dispatch",
 }
-QUICK = ("W1", "W2")
-FULL = ("W1", "W2", "W3", "W4", "W5", "W7a", "W7b")
+QUICK = ("W1", "W2", "W6")
+FULL = ("W1", "W2", "W3", "W4", "W5", "W6", "W7a", "W7b")
+SIMULATED = {"W6": 8}
+"""Workloads of a process with this many simulated devices, whatever the machine has."""
 MODES = ("two-core", "one-core", "device")
 PEERS = ("torch", "timm", "hf", "flax")
 DTYPES = ("f32", "bf16")

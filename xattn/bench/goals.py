@@ -20,7 +20,8 @@ class Goal(NamedTuple):
       workload, case: the block of the table.
       row: one of ours.
       against: the row whose value divides; "" for a value that stands for itself.
-      metric: "time"; "of_cores" for time x threads; or a key of a row's result: "temp_mb", "peak_mb", "recompiled".
+      metric: "time"; "of_cores" for time x threads; or a key of a row's result: "temp_mb", "peak_mb", "sent_mb",
+        "collectives", "of_formula", "recompiled".
       max: the bound.
       on: "cpu", or "device" for an accelerator.
     """
@@ -63,6 +64,14 @@ GOALS = (
     Goal("W4", "rerank", "xattn cross-only", "torch cross-only", "time", 0.68),
     Goal("W5", "forward", "xattn ResNet-12", "torch channels_last", "time", 1.45),
     Goal("W5", "training step", "xattn ResNet-12", "torch channels_last", "time", 2.2),
+    Goal("W6", "forward", "xattn gather", "", "sent_mb", 1.88),
+    Goal("W6", "forward", "xattn gather", "", "collectives", 5),
+    Goal("W6", "forward", "xattn gather", "", "temp_mb", 40.0),
+    Goal("W6", "forward", "xattn ring (LV-XAttn)", "", "of_formula", 1.01),
+    Goal("W6", "forward and backward", "xattn gather", "", "sent_mb", 3.73),
+    Goal("W6", "forward and backward", "xattn gather", "", "collectives", 5),
+    Goal("W6", "forward and backward", "xattn gather", "", "temp_mb", 40.0),
+    Goal("W6", "forward and backward", "xattn ring (LV-XAttn)", "", "of_formula", 1.01),
     # The pipeline's goals are rates, 1.28 of plain's and 0.95 of cores x one thread's: here, times an image.
     Goal("W7a", "crop and mirror", "xattn fast", "plain grain + Pillow", "time", 1 / 1.28),
     Goal("W7a", "crop and mirror", "xattn fast", "xattn fast, one thread", "of_cores", 1 / 0.95),

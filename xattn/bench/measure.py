@@ -106,6 +106,7 @@ class Case:
       rows: ours first.
       baseline: names of rows in the order in which they are preferred as ratio 1.
       work: of the task.
+      timed: whether there are rounds; without, a row has what its program's `extra` tells.
       memory: whether peak memory is measured too, in a fresh process for each row; of ours alone in the quick suite.
       goals: besides those of `GOALS`.
     """
@@ -115,6 +116,7 @@ class Case:
     rows: Sequence[Row]
     baseline: Sequence[str]
     work: Work = Work()
+    timed: bool = True
     memory: bool = False
     goals: Sequence[Goal] = ()
 
@@ -238,24 +240,27 @@ def run_case(case: Case, request: Request) -> dict[str, Any]:
 
     calls = DEVICE_CALLS if request.mode == "device" else 1
     samples = {name: programs[name].sample or _timed(programs[name].run, calls) for name in ok}
-    rounds = alternate(samples, request.budget_s) if ok else []
+    rounds = alternate(samples, request.budget_s) if ok and case.timed else []
     used, _ = usable(rounds, request.mode)
     works = {row.name: row.work for row in case.rows}
     baseline = next((name for name in case.baseline if name in ok), ok[0] if ok else None)
     foreign = float(np.median([each.foreign for each in used])) if used else 0.0
     for name in ok:
-        work = works[name] or case.work
-        floor_ms = floor(work, found[name]["dtype"], request.roofline)
-        result, program = statistics(used, name, baseline or name, request.mode), programs[name]
-        spent = result["cpu_ms" if request.mode == "one-core" else "med_ms"]
-        result |= {"gflops": work.flops / spent / 1e6} if work.flops else {}
-        result |= {"frac_of_floor": floor_ms / spent} if floor_ms else {}
+        program, result = programs[name], {}
+        if case.timed:
+            work = works[name] or case.work
+            floor_ms = floor(work, found[name]["dtype"], request.roofline)
+            result = statistics(used, name, baseline or name, request.mode)
+            spent = result["cpu_ms" if request.mode == "one-core" else "med_ms"]
+            result |= {"gflops": work.flops / spent / 1e6} if work.flops else {}
+            result |= {"frac_of_floor": floor_ms / spent} if floor_ms else {}
+            result |= {"rounds": len(used), "foreign_load": foreign}
         result |= {"compile_s": program.compile_s, "temp_mb": program.temp_mb, **program.extra()}
         if case.memory and (request.suite == "full" or found[name]["kind"] == "ours"):
             result["peak_mb"] = peak_mb(request, case.title, name)
         if request.profile and found[name]["kind"] == "ours" and program.run and program.hlo:
             result["profile"] = profile(program.run, program.hlo)
-        found[name] |= result | {"rounds": len(used), "foreign_load": foreign}
+        found[name] |= result
     on = "device" if request.mode == "device" else "cpu"
     goals = [*case.goals]
     goals += [goal for goal in GOALS if (goal.workload, goal.case, goal.on) == (request.workload, case.title, on)]

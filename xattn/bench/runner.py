@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xattn.bench import DTYPES, FULL, MODES, PEERS, QUICK, WORKLOADS, Request
+from xattn.bench import DTYPES, FULL, MODES, PEERS, QUICK, SIMULATED, WORKLOADS, Request
 from xattn.config import UsageError, lookup, write_atomically
 
 SCHEMA = "xattn.bench/1"
@@ -55,7 +55,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Times xattn and its peers by turns, as ratios of one run; docs/performance.md tells how to read "
         f"them. Workloads: {', '.join(WORKLOADS)}.",
     )
-    parser.add_argument("--suite", choices=("quick", "full"), default="full", help="quick: W1 and W2 on one core")
+    quick = ", ".join(QUICK)
+    parser.add_argument("--suite", choices=("quick", "full"), default="full", help=f"quick: {quick} on one core")
     parser.add_argument("--only", metavar="W1,W2", help="these workloads")
     parser.add_argument("--dispatch", action="store_true", help="only: each choice by sizes beside its neighbours")
     parser.add_argument("--mode", choices=MODES, help="default: device where there is one; for quick, one-core")
@@ -97,8 +98,11 @@ def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
-def environment(mode: str, threads: int) -> dict[str, str]:
-    """The environment of a child process; an accelerator is left as it is."""
+def environment(mode: str, threads: int, workload: str = "") -> dict[str, str]:
+    """The environment of a child process; an accelerator is left as it is, if the workload wants one."""
+    if workload in SIMULATED:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={SIMULATED[workload]}"
+        return environment("one-core", threads) | {"XLA_FLAGS": flags.strip()}
     if mode == "device":
         return dict(os.environ)
     # Waiting OpenMP threads spin by default, and would slow down what is timed next.
@@ -144,7 +148,7 @@ def run(
                 request, workload=workload, roofline=first["roofline"], sizes=sizes.get(workload, {})
             )
             try:
-                blocks = _child("measure", asked.to_json(), request)
+                blocks = _child("measure", asked.to_json(), asked)
             except subprocess.CalledProcessError as error:
                 blocks = [{"id": workload, "error": f"its process ended with {error.returncode}"}]
             for block in blocks:
@@ -161,7 +165,7 @@ def _child(module: str, argument: str, request: Request) -> Any:
         answer = Path(folder) / "answer.json"
         code = f"import sys; from xattn.bench.{module} import child; child(*sys.argv[1:])"
         command = [sys.executable, "-c", code, argument, str(answer)]
-        subprocess.run(command, env=environment(request.mode, request.threads), stdout=2, check=True)
+        subprocess.run(command, env=environment(request.mode, request.threads, request.workload), stdout=2, check=True)
         return json.loads(answer.read_text())
 
 
@@ -190,19 +194,31 @@ def table(block: Mapping[str, Any], mode: str) -> str:
     work = f"{block['flops'] / 1e9:.2f} GFLOP  " if block["flops"] else ""
     floor = f"floor {block['floor_ms']:.3g} ms  " if block["floor_ms"] else ""
     rounds = f"{mode}, {times[0]['rounds']} rounds, foreign {100 * times[0]['foreign_load']:.0f} %" if times else mode
-    titles = f"{'name':<30}{'kind':<11}{'ratio':<7}{'[q1, q3]':<15}{'of floor':<10}{time.replace('_', ' '):<10}"
-    titles += f"{'peak MB':<9}{'temp MB':<9}{'compile s':<11}{'err':<9}goal"
+    counted = any("sent_mb" in row for row in block["rows"])
+    titles = f"{'name':<30}{'kind':<11}"
+    if counted:
+        rounds = "counted, not timed"
+        titles += f"{'sent MB':<10}{'collectives':<13}{'of formula':<12}"
+    else:
+        titles += f"{'ratio':<7}{'[q1, q3]':<15}{'of floor':<10}{time.replace('_', ' '):<10}{'peak MB':<9}"
+    titles += f"{'temp MB':<9}{'compile s':<11}{'err':<9}goal"
     lines = [f"{block['id']} {block['title']}  {block['dtype']}  {block['shape']}  {work}{floor}{rounds}", titles]
-    for row in sorted(block["rows"], key=lambda row: (row["kind"] != "ours", row.get(ratio, 1e9))):
+    order = "sent_mb" if counted else ratio
+    for row in sorted(block["rows"], key=lambda row: (row["kind"] != "ours", row.get(order, 1e9))):
         cells = f"{row['name']:<30}{row['kind']:<11}"
         if row["status"] != "ok":
             cells += f"{row['status']}" + (f", error {row['max_err']:.1e}" if row["status"] == "mismatch" else "")
         else:
-            cells += f"{row[ratio]:<7.3f}" + "[{q1:.2f}, {q3:.2f}]".format_map(row).ljust(15)
-            cells += _cell(row.get("frac_of_floor"), ".2f", 10) + _cell(row[time], ".4g", 10)
-            cells += _cell(row.get("peak_mb"), ".0f", 9) + _cell(row.get("temp_mb"), ".0f", 9)
+            if counted:
+                cells += f"{row['sent_mb']:<10.3f}{row['collectives']:<13}"
+                cells += _cell(row.get("of_formula"), ".3f", 12)
+            else:
+                cells += f"{row[ratio]:<7.3f}" + "[{q1:.2f}, {q3:.2f}]".format_map(row).ljust(15)
+                cells += _cell(row.get("frac_of_floor"), ".2f", 10) + _cell(row[time], ".4g", 10)
+                cells += _cell(row.get("peak_mb"), ".0f", 9)
+            cells += _cell(row.get("temp_mb"), ".0f", 9)
             cells += _cell(row.get("compile_s"), ".1f", 11) + _cell(row.get("max_err"), ".0e", 9)
-            cells += "baseline" if row["name"] == block["baseline"] else ""
+            cells += "baseline" if row["name"] == block["baseline"] and not counted else ""
         lines.append(cells.rstrip())
         for goal in block["goals"]:
             if goal["row"] == row["name"]:

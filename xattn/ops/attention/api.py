@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xattn.ops.attention import chunked, reference, xla
+from xattn.ops.attention import chunked, distributed, reference, xla
 from xattn.ops.attention.masks import Mask
 
 IMPLEMENTATIONS = {
     "reference": reference.attend,
     "xla": xla.attend,
     "chunked": chunked.attend,
+    "gather": distributed.gather,
+    "ring": distributed.ring,
+    "kv_ring": distributed.kv_ring,
 }
 
 CHUNKED_ABOVE = 2**26
@@ -55,9 +58,10 @@ def dot_product_attention(
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
       implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given, or if the
         float32 scores are larger than `CHUNKED_ABOVE` (64 MiB) and M is more than one key chunk (512);
-        otherwise "xla", which is faster there.
-      query_chunk_size: queries in a block of "chunked".
-      key_chunk_size: keys in a block of "chunked".
+        otherwise "xla", which is faster there. "gather", "ring" and "kv_ring" compute where queries and keys
+        are split over the mesh axis `sequence` (`xattn.ops.attention.distributed`).
+      query_chunk_size: queries in a block of "chunked", or of one device.
+      key_chunk_size: keys in a block of "chunked", or of one device.
 
     Returns:
       Output [*B, N, H, Dv] in the dtype of `value`; with `return_lse` also float32 [*B, H, N].
@@ -72,7 +76,7 @@ def dot_product_attention(
         implementation = "chunked" if sizes or large_scores(query, key) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)}.")
-    if sizes and implementation != "chunked":
+    if sizes and implementation in ("reference", "xla"):
         raise ValueError(
             f"Implementation '{implementation}' computes all scores at once and takes no "
             f"{' or '.join(sizes)}: use implementation='chunked' or leave it out."

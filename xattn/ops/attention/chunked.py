@@ -27,18 +27,33 @@ KEY_CHUNK = 512
 BLOCK_BYTES = 2**26
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
+    """What a program is compiled for, besides shapes."""
+
     query_chunk: int
     key_chunk: int
     logits_soft_cap: float | None
     dropout_rate: float
     prepare: Prepare
+    out_dtype: Any
 
     def scores(self, q: Any, k: Any, scale: Any, bias: Any, mask: Any) -> jax.Array:
         return dot_scores(q, k, scale=scale, bias=bias, mask=mask, logits_soft_cap=self.logits_soft_cap)
 
-    def drop(self, weights: jax.Array, rows: Any, columns: jax.Array) -> jax.Array:
-        return weights if rows is None else dropout.drop(weights, rows, columns, self.dropout_rate)
+    def drop(self, weights: jax.Array, drops: Any) -> jax.Array:
+        return weights if drops is None else dropout.drop(weights, drops.rows, drops.columns, self.dropout_rate)
+
+
+class Drops(NamedTuple):
+    """What decides which weights drop: words for each row of weights, and the index of each key, int [M]."""
+
+    rows: dropout.RowKeys
+    columns: Any
+
+    def part(self, n: Any, height: int, m: Any, width: int) -> "Drops":
+        """That of queries n .. n + height - 1 and keys m .. m + width - 1."""
+        first, second = (take(x, n, height, -1) for x in self.rows)
+        return Drops((first, second), take(self.columns, m, width, -1))
 
 
 def attend(
@@ -77,15 +92,29 @@ def attend_prepared(
       prepare: makes the keys and values of a chunk, in each pass anew.
     """
     *batch, num_queries, num_heads, _ = query.shape
-    key_chunk = max(1, min(key_chunk_size or KEY_CHUNK, inputs[0].shape[len(batch)]))
+    num_keys = inputs[0].shape[len(batch)]
+    _, value = jax.eval_shape(prepare, *inputs)
+    query_chunk, key_chunk = block_size(query.shape, num_keys, query_chunk_size, key_chunk_size)
+    settings = Settings(query_chunk, key_chunk, logits_soft_cap, dropout_rate, prepare, value.dtype)
+    scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
+    drops = None
+    if dropout_rate:
+        rows = dropout.row_keys(dropout_rng, (*batch, num_heads, num_queries))
+        drops = Drops(rows, jnp.arange(num_keys))
+    bias = None if bias is None else jnp.atleast_2d(bias)
+    return attend_in_blocks(settings, query, inputs, scale, bias, mask, drops)
+
+
+def block_size(
+    query_shape: tuple[int, ...], num_keys: int, query_chunk_size: int | None, key_chunk_size: int | None
+) -> tuple[int, int]:
+    """Queries and keys in a block: those that are asked for, or the defaults of `attend_prepared`."""
+    *batch, num_queries, num_heads, _ = query_shape
+    key_chunk = max(1, min(key_chunk_size or KEY_CHUNK, num_keys))
     if query_chunk_size is None:
         row_bytes = 4 * key_chunk * num_heads * math.prod(batch)
         query_chunk_size = max(128, BLOCK_BYTES // row_bytes)
-    scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
-    rows = dropout.row_keys(dropout_rng, (*batch, num_heads, num_queries)) if dropout_rate else None
-    settings = _Settings(min(query_chunk_size, num_queries), key_chunk, logits_soft_cap, dropout_rate, prepare)
-    bias = None if bias is None else jnp.atleast_2d(bias)
-    return _attend(settings, query, inputs, scale, bias, mask, rows)
+    return min(query_chunk_size, num_queries), key_chunk
 
 
 def _chunks(length: int, size: int, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
@@ -107,9 +136,10 @@ def _put(x: jax.Array, update: jax.Array, start: Any, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    settings: _Settings, query: Any, inputs: Any, scale: Any, bias: Any, mask: Any, rows: Any
+def attend_in_blocks(
+    settings: Settings, query: Any, inputs: Any, scale: Any, bias: Any, mask: Any, drops: Any
 ) -> tuple[jax.Array, jax.Array]:
+    """`attend_prepared` with its arguments made ready: scale and bias [..., N, M] are arrays, `drops` a `Drops`."""
     *batch, num_queries, num_heads, _ = query.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     _, value = jax.eval_shape(settings.prepare, *inputs)
@@ -120,9 +150,9 @@ def _attend(
 
         def key_chunk(partial, m, width):
             k, v = settings.prepare(*_take_rows(inputs, len(batch), m, width))
-            block = _block(bias, mask, rows, n, height, m, width)
+            block = _block(bias, mask, drops, n, height, m, width)
             mass, total, lse = exponentials(settings.scores(q, k, scale, block.bias, block.mask))
-            mass = settings.drop(mass, block.rows, block.columns)
+            mass = settings.drop(mass, block.drops)
             # Divided as an output, which is smaller than the block of weights.
             return merge(partial, (weighted_sum(mass, v, dtype) / jnp.swapaxes(total, -3, -2), lse))
 
@@ -134,7 +164,7 @@ def _attend(
         return _put(out, chunk_out, n, -3), _put(lse, chunk_lse, n, -1)
 
     empty = (
-        jnp.zeros((*batch, num_queries, num_heads, value.shape[-1]), value.dtype),
+        jnp.zeros((*batch, num_queries, num_heads, value.shape[-1]), settings.out_dtype),
         jnp.zeros((*batch, num_heads, num_queries), dtype),
     )
     return _chunks(num_queries, settings.query_chunk, query_chunk, empty)
@@ -145,30 +175,50 @@ class _Block(NamedTuple):
 
     bias: Any
     mask: Any
-    rows: Any
-    columns: jax.Array
+    drops: Any
 
 
-def _block(bias: Any, mask: Mask, rows: Any, n: Any, height: int, m: Any, width: int) -> _Block:
+def _block(bias: Any, mask: Mask, drops: Drops | None, n: Any, height: int, m: Any, width: int) -> _Block:
     return _Block(
         None if bias is None else take(take(bias, n, height, -2), m, width, -1),
         mask.block(n, height, m, width),
-        None if rows is None else tuple(take(x, n, height, -1) for x in rows),
-        m + jnp.arange(width),
+        None if drops is None else drops.part(n, height, m, width),
     )
 
 
-def _forward(settings: _Settings, *inputs: Any) -> tuple[Any, Any]:
-    outputs: Any = _attend(settings, *inputs)
+def _forward(settings: Settings, *inputs: Any) -> tuple[Any, Any]:
+    outputs: Any = attend_in_blocks(settings, *inputs)
     return outputs, (*inputs, *outputs)
 
 
-def _backward(settings: _Settings, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
-    query, inputs, scale, bias, mask, rows, out, lse = residuals
+def _backward(settings: Settings, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
+    *arguments, out, lse = residuals
     d_out, d_lse = cotangents
-    row_axis = query.ndim - 3
-    # With p = exp(s - lse):  ds = p (d_out v^T - d_out o + d_lse). A row without keys has p = 0 throughout.
     shift = d_lse - jnp.einsum("...nhd,...nhd->...hn", d_out, out, preferred_element_type=lse.dtype)
+    d_query, *others = gradients_in_blocks(settings, *arguments, lse=lse, shift=shift, d_out=d_out)
+    return d_query.astype(arguments[0].dtype), *others, None, None
+
+
+def gradients_in_blocks(
+    settings: Settings,
+    query: Any,
+    inputs: Any,
+    scale: Any,
+    bias: Any,
+    mask: Any,
+    drops: Any,
+    *,
+    lse: jax.Array,
+    shift: jax.Array,
+    d_out: jax.Array,
+) -> tuple[Any, Any, Any, Any]:
+    """Gradients with respect to query (float32), inputs, scale and bias.
+
+    The weights are p = exp(s - lse), and the scores' gradient is ds = p (d_out v^T + shift), with lse and shift
+    [*B, H, N]. For all keys at once shift is d_lse - d_out o; what these keys are only a part of, lse and shift
+    include. A row without keys (lse -inf) has p = 0 throughout.
+    """
+    row_axis = query.ndim - 3
     some = jnp.isfinite(lse)
     lse, shift = jnp.where(some, lse, 0), jnp.where(some, shift, 0)
 
@@ -178,20 +228,20 @@ def _backward(settings: _Settings, residuals: tuple, cotangents: tuple[jax.Array
 
         def query_chunk(carry, n, height):
             d_query, d_chunk, d_scale, d_bias = carry
-            block = _block(bias, mask, rows, n, height, m, width)
+            block = _block(bias, mask, drops, n, height, m, width)
 
             def contribution(q, chunk, scale, bias):
                 k, v = settings.prepare(*chunk)
                 scores = settings.scores(q, k, scale, bias, block.mask)
                 weights = jnp.exp(scores - take(lse, n, height, -1)[..., None])
-                dropped = settings.drop(weights, block.rows, block.columns)
+                dropped = settings.drop(weights, block.drops)
                 return weighted_sum(dropped, v, lse.dtype), jnp.sum(weights, axis=-1)
 
             q, d_o = (take(x, n, height, -3) for x in (query, d_out))
             _, pull = jax.vjp(contribution, q, chunk, scale, block.bias)
             d_q, d_part, d_s, d_b = pull((d_o.astype(lse.dtype), take(shift, n, height, -1)))
             d_query = _put(d_query, take(d_query, n, height, -3) + d_q, n, -3)
-            d_bias = None if d_bias is None else _add_block(d_bias, d_b, n, m)
+            d_bias = None if d_bias is None else add_block(d_bias, d_b, n, m)
             return d_query, jax.tree.map(jnp.add, d_chunk, d_part), d_scale + d_s, d_bias
 
         zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in chunk)
@@ -209,13 +259,13 @@ def _backward(settings: _Settings, residuals: tuple, cotangents: tuple[jax.Array
     )
     d_query, d_inputs, d_scale, d_bias = _chunks(inputs[0].shape[row_axis], settings.key_chunk, key_chunk, carry)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return d_query.astype(query.dtype), d_inputs, d_scale, d_bias, None, None
+    return d_query, d_inputs, d_scale, d_bias
 
 
-def _add_block(x: jax.Array, update: jax.Array, n: Any, m: Any) -> jax.Array:
+def add_block(x: jax.Array, update: jax.Array, n: Any, m: Any) -> jax.Array:
     """Adds to a block of an array whose last two axes may broadcast."""
     start = [0] * (x.ndim - 2) + [n if x.shape[-2] > 1 else 0, m if x.shape[-1] > 1 else 0]
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, update.shape) + update, start)
 
 
-_attend.defvjp(_forward, _backward)
+attend_in_blocks.defvjp(_forward, _backward)
