@@ -3,11 +3,11 @@
 XLA's own cost analysis does not tell communication apart, and takes the body of a loop once.
 """
 
+import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 # Bytes that one of `p` devices sends, by the bytes of the result that each of them holds afterwards. What is gathered,
 # reduced or scattered goes round a ring, which sends the least.
@@ -20,7 +20,8 @@ SENT: dict[str, Callable[[int, int], float]] = {
 }
 
 
-class Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traffic:
     """Collectives of one kind: how many one device takes part in, and the bytes that it sends in all of them."""
 
     count: int

@@ -58,7 +58,6 @@ from xattn.layers.vit import (
 )
 from xattn.ops.resize import bicubic_resize
 
-
 TOKENS = ("batch", "length", "act_embed")
 
 
