@@ -5,6 +5,7 @@ Temporaries and collectives are what XLA's CPU compiler plans: it computes bfloa
 whole where TPUs and GPUs reduce-scatter them.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -110,8 +111,7 @@ def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
             "peak": arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         },
         "collectives": {
-            kind: {"count": traffic.count, "bytes": round(traffic.bytes)}
-            for kind, traffic in sorted(count_collectives(compiled.as_text()).items())
+            kind: dataclasses.asdict(traffic) for kind, traffic in sorted(count_collectives(compiled.as_text()).items())
         },
         "not_sharded": notes,
     }
