@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -59,6 +60,30 @@ def simulate_devices(count: int) -> None:
             ) from error
 
 
+def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Any, dict[str, Any], list[str]]:
+    """The training step of `config` as `xattn.train` lowers it on a mesh, without allocating its arrays.
+
+    Returns:
+      `(lowered, state, batch, notes)`: what `.compile()` takes on; the shapes with shardings of a state and of a batch;
+      what the start of training lists as not sharded.
+
+    Raises:
+      UsageError: mesh and batch do not fit.
+    """
+    check_batch(config.pipeline.batch_size, config.accumulate_steps, mesh)
+    model = models.build(config.model.to_dict(), dtype=config.dtype)
+    task = tasks.build(config.task.to_dict())
+    frozen = getattr(model, "frozen_parameters", ())
+    optimizer, schedule = make_optimizer(config.optimizer.to_dict(), config.num_steps, frozen)
+    train_step = make_train_step(model, task, optimizer, schedule, config.accumulate_steps, config.ema_decay)
+    with use_mesh(mesh):
+        batch = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
+        _, state, notes = abstract_state(model, task, optimizer, batch, config.ema_decay > 0, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+        return step.lower(state, batch, jax.random.key(0)), state, batch, notes
+
+
 def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
     """Compiles the training step of `config` for a mesh ahead of time, without allocating its arrays.
 
@@ -79,25 +104,14 @@ def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
       UsageError: mesh, batch and devices do not fit.
     """
     mesh = make_mesh(**mesh_sizes)
-    batch_size = config.pipeline.batch_size
-    check_batch(batch_size, config.accumulate_steps, mesh)
-    model = models.build(config.model.to_dict(), dtype=config.dtype)
-    task = tasks.build(config.task.to_dict())
-    frozen = getattr(model, "frozen_parameters", ())
-    optimizer, schedule = make_optimizer(config.optimizer.to_dict(), config.num_steps, frozen)
-    train_step = make_train_step(model, task, optimizer, schedule, config.accumulate_steps, config.ema_decay)
-    with use_mesh(mesh):
-        batch = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
-        _, state, notes = abstract_state(model, task, optimizer, batch, config.ema_decay > 0, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-        compiled: Any = step.lower(state, batch, jax.random.key(0)).compile(_COMPILER_OPTIONS)
+    lowered, state, batch, notes = lower_step(config, mesh)
+    compiled: Any = lowered.compile(_COMPILER_OPTIONS)
     memory = compiled.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     return {
         "model": config.model.name,
         "mesh": dict(mesh.shape),
-        "batch_size": batch_size,
+        "batch_size": config.pipeline.batch_size,
         "memory": {
             "parameters": _bytes_on_a_device(state.params),
             "optimizer_state": _bytes_on_a_device(state.opt_state),
