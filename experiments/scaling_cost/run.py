@@ -1,20 +1,19 @@
-"""Memory and traffic of a training step on one device of 1 to 256, one image a device, by how the mesh is laid out.
+"""Memory and traffic of a training step on one device of 1 to 256, by how the mesh is laid out.
 
-    python experiments/scaling_cost/run.py            about a quarter of an hour on two CPU cores; again: a minute
+    python experiments/scaling_cost/run.py
 
-No step is run: each is compiled for simulated devices, as `xattn inspect --mesh` does. Prints a table for each config
-and writes scaling_cost.png beside this file.
+No step is run: each is compiled for simulated devices, as `xattn inspect --mesh` does. Prints a table and writes
+scaling_cost.png beside this file.
 """
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from xattn.analysis import simulate_devices, step_cost
-from xattn.config import cache_compiled_programs, load_config
+from xattn.config import Config, cache_compiled_programs, load_config
 
-CONFIGS = ("crossvit/imagenet:9_240", "perceiver_io/imagenet_fourier")
 DEVICES = (1, 4, 16, 64, 256)
 LAYOUTS = {
     "data": lambda devices: {"data": devices},
@@ -24,59 +23,62 @@ LAYOUTS = {
 MIB = 2**20
 
 
-def measure(name: str, devices: int, sizes: dict[str, int]) -> dict[str, Any]:
-    """The figures of one mesh, in MiB on one device."""
-    config = load_config(name)
+def make_config(devices: int) -> Config:
+    """Perceiver IO of the ImageNet model's width on digits, two layers deep, one image for each device."""
+    config = load_config("perceiver_io/imagenet_fourier:digits")
+    config.model.encoder.update(num_latents=128, latent_features=1024, qk_features=1024, v_features=1024)
+    config.model.decoder.queries.positions.features = 1024
     config.pipeline.batch_size = devices
-    report = step_cost(config, sizes)
+    return config
+
+
+def measure(devices: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """The figures of one mesh, in MiB on one device."""
+    report = step_cost(make_config(devices), sizes)
     held, sent = report["memory"], report["collectives"]
-    state = sum(held[part] for part in ("parameters", "optimizer_state", "moving_average", "model_state"))
+    large = ("all-gather", "all-reduce")
     return {
         "devices": devices,
-        "parameters and optimizer": state / MIB,
+        "arguments": held["arguments"] / MIB,
         "temporaries": held["temporaries"] / MIB,
-        **{kind: sent[kind]["bytes"] / MIB if kind in sent else 0.0 for kind in ("all-gather", "all-reduce")},
-        "other": sum(t["bytes"] for kind, t in sent.items() if kind not in ("all-gather", "all-reduce")) / MIB,
+        **{kind: sent[kind]["bytes"] / MIB if kind in sent else 0.0 for kind in large},
+        "other": sum(traffic["bytes"] for kind, traffic in sent.items() if kind not in large) / MIB,
         "collectives": sum(traffic["count"] for traffic in sent.values()),
     }
 
 
-def study(name: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a config by layout; prints each as soon as it is known."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    print(f"\n{name}, MiB on one device\n", flush=True)
+def main() -> None:
+    """Compiles, prints each row as soon as it is known, and draws."""
+    cache_compiled_programs()
+    simulate_devices(max(DEVICES))
+    rows: dict[str, list[dict[str, Any]]] = {layout: [] for layout in LAYOUTS}
     for layout, mesh in LAYOUTS.items():
-        rows[layout] = []
-        for devices in DEVICES:
-            if layout == "fsdp x tensor" and devices < 4:
-                continue
-            rows[layout].append(row := measure(name, devices, mesh(devices)))
-            if len(rows) == len(rows[layout]) == 1:
+        for devices in DEVICES if layout == "data" else DEVICES[1:]:
+            row = measure(devices, mesh(devices))
+            if devices == 1:
                 print(f"| layout | {' | '.join(row)} |\n|---|{'---|' * len(row)}")
             cells = (f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in row.values())
             print(f"| {layout} | {' | '.join(cells)} |", flush=True)
-    return rows
+            rows[layout].append(row)
+    draw(rows, Path(__file__).with_name("scaling_cost.png"))
 
 
-def draw(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
-    """One row of panels a config: what a device holds between steps, and what it sends in one."""
-    figure, axes = plt.subplots(len(results), 2, figsize=(9, 3.2 * len(results)), squeeze=False, layout="constrained")
-    for (name, layouts), (held, sent) in zip(results.items(), axes, strict=True):
-        for layout, rows in layouts.items():
-            devices = [row["devices"] for row in rows]
-            held.plot(devices, [row["parameters and optimizer"] for row in rows], marker="o", label=layout)
-            traffic = [row["all-gather"] + row["all-reduce"] + row["other"] for row in rows]
-            sent.plot(devices, traffic, marker="o", label=layout)
-        held.set(title=name, ylabel="parameters and optimizer, MiB", xscale="log", yscale="log", xlabel="devices")
-        sent.set(title="one step", ylabel="sent by one device, MiB", xscale="log", xlabel="devices", ylim=(0, None))
-        for panel in (held, sent):
-            panel.set_xticks(DEVICES, map(str, DEVICES))
-            panel.minorticks_off()
-    axes[0, 0].legend()
+def draw(layouts: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """What a device holds, and what it sends in one step."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    held, sent = figure.subplots(1, 2)
+    for layout, rows in layouts.items():
+        devices = [row["devices"] for row in rows]
+        held.plot(devices, [row["arguments"] + row["temporaries"] for row in rows], marker="o", label=layout)
+        sent.plot(devices, [row["all-gather"] + row["all-reduce"] + row["other"] for row in rows], marker="o")
+    held.set(xscale="log", xlabel="devices", ylabel="arguments and temporaries, MiB", ylim=(0, None))
+    sent.set(xscale="log", xlabel="devices", ylabel="sent by one device in a step, MiB", ylim=(0, None))
+    for panel in (held, sent):
+        panel.set_xticks(DEVICES, [str(count) for count in DEVICES])
+        panel.minorticks_off()
+    held.legend()
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    cache_compiled_programs()
-    simulate_devices(max(DEVICES))
-    draw({name: study(name) for name in CONFIGS}, Path(__file__).with_name("scaling_cost.png"))
+    main()
