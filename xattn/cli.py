@@ -1,6 +1,7 @@
 """The command line: one verb, its flags, one sentence and exit code 2 for what the user can put right."""
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ verbs:
   convert  KIND SOURCE WORKDIR [--data=DIR]   published weights to a workdir (docs/weights.md)
   data     prepare images SRC OUT [flags]     class folders to a few large files (docs/data.md)
   inspect  --config=NAME [--json]             parameters, FLOPs, memory and shapes
+           --config=NAME --mesh=data=8,fsdp=4 memory and traffic of a step on devices not there
   bench    [--suite=quick] [--only=W1,W2]     xattn beside its peers, as ratios (docs/performance.md)
   list                                        models, tasks, sources, evaluations, configs
 
@@ -144,8 +146,19 @@ def _data(arguments: list[str]) -> int:
 def _inspect(arguments: list[str]) -> int:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
+        flags.DEFINE_string(
+            "mesh",
+            None,
+            "such as data=64,fsdp=4: memory and traffic of a step on devices not there",
+            flag_values=values,
+        )
 
     values, _, config = _parse(define, arguments, takes_config=True)
+    if values.mesh:
+        sizes = analysis.parse_mesh(values.mesh)
+        analysis.simulate_devices(math.prod(sizes.values()))
+        analysis.show_step_cost(analysis.step_cost(config, sizes), as_json=values.json)
+        return 0
     analysis.show(analysis.inspect(config), as_json=values.json)
     return 0
 

@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xattn.analysis.collectives import count_collectives
+from xattn.analysis.collectives import Traffic, count_collectives
 from xattn.parallel.mesh import make_mesh
 
 MESH = make_mesh(2, 4)  # the groups of `fsdp` have four devices, those of `data` two
@@ -22,7 +22,7 @@ SPLIT = P("fsdp")
 def sent(function, x=X, outs=SPLIT):
     mapped = jax.shard_map(function, mesh=MESH, in_specs=SPLIT, out_specs=outs, check_vma=False)
     counts = count_collectives(jax.jit(mapped).lower(x).compile().as_text())
-    return {kind: tuple(traffic) for kind, traffic in counts.items()}
+    return {kind: (traffic.count, traffic.bytes) for kind, traffic in counts.items()}
 
 
 # One collective
@@ -31,14 +31,14 @@ def sent(function, x=X, outs=SPLIT):
 @pytest.mark.parametrize(
     ("function", "outs", "expected"),
     [
-        (lambda x: lax.psum(x, "fsdp"), P(), {"all-reduce": (1, 2 * 3 / 4 * SHARD)}),
-        (lambda x: lax.psum(x, "data"), P("fsdp"), {"all-reduce": (1, 2 * 1 / 2 * SHARD)}),
-        (lambda x: lax.psum(x, ("data", "fsdp")), P(), {"all-reduce": (1, 2 * 7 / 8 * SHARD)}),
-        (lambda x: lax.psum((x, x[0]), "fsdp"), P(), {"all-reduce": (1, 2 * 3 / 4 * (SHARD + SHARD // 4))}),
+        (lambda x: lax.psum(x, "fsdp"), P(), {"all-reduce": (1, 2 * 3 * SHARD // 4)}),
+        (lambda x: lax.psum(x, "data"), P("fsdp"), {"all-reduce": (1, 2 * 1 * SHARD // 2)}),
+        (lambda x: lax.psum(x, ("data", "fsdp")), P(), {"all-reduce": (1, 2 * 7 * SHARD // 8)}),
+        (lambda x: lax.psum((x, x[0]), "fsdp"), P(), {"all-reduce": (1, 2 * 3 * (SHARD + SHARD // 4) // 4)}),
         (lambda x: lax.all_gather(x, "fsdp"), P(), {"all-gather": (1, 3 * SHARD)}),
-        (lambda x: lax.psum_scatter(x, "fsdp", tiled=True), P("fsdp"), {"reduce-scatter": (1, 3 * SHARD / 4)}),
+        (lambda x: lax.psum_scatter(x, "fsdp", tiled=True), P("fsdp"), {"reduce-scatter": (1, 3 * SHARD // 4)}),
         (lambda x: lax.ppermute(x, "fsdp", NEXT), P("fsdp"), {"collective-permute": (1, SHARD)}),
-        (lambda x: lax.all_to_all(x, "fsdp", 0, 1), P("fsdp"), {"all-to-all": (1, 3 * SHARD / 4)}),
+        (lambda x: lax.all_to_all(x, "fsdp", 0, 1), P("fsdp"), {"all-to-all": (1, 3 * SHARD // 4)}),
         (lambda x: 2 * x, P("fsdp"), {}),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_conditional_counts_its_dearest_branch():
             jnp.int32(x[0, 0]), [lambda x: x, lambda x: lax.psum(x, "fsdp"), lambda x: lax.ppermute(x, "fsdp", NEXT)], x
         )
 
-    assert sent(branches) == {"all-reduce": (1, 1.5 * SHARD)}
+    assert sent(branches) == {"all-reduce": (1, 2 * 3 * SHARD // 4)}
 
 
 # What the partitioner writes
@@ -95,10 +95,10 @@ def test_a_contraction_over_a_split_axis_reduces_and_a_regathered_output_gathers
     x, w = jnp.zeros((8, 12)), jnp.zeros((12, 20))
     product = jax.jit(lambda x, w: x @ w, out_shardings=split("data"))
     program = product.lower(jax.device_put(x, split("data", "fsdp")), jax.device_put(w, split("fsdp"))).compile()
-    assert count_collectives(program.as_text()) == {"all-reduce": (1, 2 * 3 / 4 * (4 * 20 * 4))}
+    assert count_collectives(program.as_text()) == {"all-reduce": Traffic(1, 2 * 3 * (4 * 20 * 4) // 4)}
     whole = jax.jit(lambda x: x + 1, out_shardings=split(None, "fsdp"))
     program = whole.lower(jax.device_put(x, split("data", "fsdp"))).compile()
-    assert count_collectives(program.as_text()) == {"all-gather": (1, 1 / 2 * (8 * 3 * 4))}
+    assert count_collectives(program.as_text()) == {"all-gather": Traffic(1, 8 * 3 * 4 // 2)}
 
 
 # Texts as other compilers write them: all kinds of groups, and collectives that run while others work.
@@ -123,7 +123,7 @@ def program(*instructions):
 )
 def test_every_way_of_writing_groups(groups, size):
     line = f'ROOT %r = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, metadata={{op_name="x"}}'
-    assert count_collectives(program(line)) == {"all-reduce": (1, 2 * 32 * (size - 1) / size)}
+    assert count_collectives(program(line)) == {"all-reduce": Traffic(1, 2 * 32 * (size - 1) // size)}
 
 
 def test_asynchronous_collectives_count_their_result_once():
@@ -138,8 +138,8 @@ def test_asynchronous_collectives_count_their_result_once():
         "%g = ((f32[8]{0}), f32[2]{0}, u32[]) reduce-scatter-start(%p), replica_groups=[4,4]<=[16], to_apply=%add",
     )
     assert count_collectives(text) == {
-        "all-gather": (2, 3 / 4 * 128 + 3 / 4 * (128 + 64)),
-        "collective-permute": (1, 32),
-        "all-reduce": (1, 2 * 3 / 4 * (32 + 16)),
-        "reduce-scatter": (1, 3 * 8),
+        "all-gather": Traffic(2, 3 * 128 // 4 + 3 * (128 + 64) // 4),
+        "collective-permute": Traffic(1, 32),
+        "all-reduce": Traffic(1, 2 * 3 * (32 + 16) // 4),
+        "reduce-scatter": Traffic(1, 3 * 8),
     }

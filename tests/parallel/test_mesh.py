@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from xattn.config import UsageError
 from xattn.layers.cross_attention import CrossAttention
 from xattn.models import MODELS, build
+from xattn.parallel import mesh as mesh_module
 from xattn.parallel.mesh import (
     AXES,
     RULES,
@@ -25,6 +26,7 @@ from xattn.parallel.mesh import (
     use_mesh,
     without_names,
 )
+from xattn.train.optim import OPTIMIZERS, make_optimizer
 from xattn.train.state import abstract_state
 
 
@@ -125,6 +127,16 @@ def test_an_indivisible_axis_is_replicated_and_listed_and_the_others_are_split()
     assert specs(shardings)["params"]["bias"] == P("tensor")
     assert notes == ["params/mlp/kernel: 'mlp' of size 7 stays whole, mesh axis 'tensor' has size 2"]
     assert state_shardings(tree, make_mesh(8))[1] == []  # a mesh axis of one device splits nothing
+
+
+def test_a_large_parameter_that_no_rule_splits_is_listed():
+    tree = {"params": {"large": boxed("embed", "classes", shape=(64, 1024)), "plain": jnp.zeros((256, 256))}}
+    tree["params"] |= {"small": boxed("embed", "classes", shape=(64, 1023)), "split": boxed("mlp", shape=(2**16,))}
+    assert state_shardings(tree, make_mesh(1, 1, 8))[1] == [
+        "params/large: this mesh splits none of its axes ('embed', 'classes'), 65,536 values stay whole",
+        "params/plain: this mesh splits none of its axes (), 65,536 values stay whole",
+    ]
+    assert state_shardings(tree, make_mesh(8))[1] == []  # replicas only: all is whole, as asked
 
 
 def test_a_name_without_a_rule_is_an_error_that_names_it_and_its_parameter():
@@ -230,6 +242,17 @@ TINY = {
 }
 
 
+def _initial_shapes(config: dict) -> Any:
+    images = jnp.zeros((2, 1, 16, 16, 3))
+    inputs = (images, images[:, 0]) if config["name"] in ("protonet", "qsformer") else (images[:, 0],)
+    return jax.eval_shape(lambda: build(config).init(jax.random.key(0), *inputs))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def test_every_name_that_a_model_uses_has_a_rule(monkeypatch):
     published = {name for name, model in MODELS.items() if isinstance(model, functools.partial)}
     assert set(TINY) == set(MODELS) - published, "give each model a tiny config in this file"
@@ -242,11 +265,8 @@ def test_every_name_that_a_model_uses_has_a_rule(monkeypatch):
         return constrain(x, names, *args, **kwargs)
 
     monkeypatch.setattr(nn, "with_logical_constraint", recording)
-    images = jnp.zeros((2, 1, 16, 16, 3))
     for config in sum(TINY.values(), []):
-        model = build(config)
-        inputs = (images, images[:, 0]) if config["name"] in ("protonet", "qsformer") else (images[:, 0],)
-        shapes = jax.eval_shape(lambda m=model, i=inputs: m.init(jax.random.key(0), *i))
+        shapes = _initial_shapes(config)
         for path, leaf in jax.tree.leaves_with_path(shapes["params"], is_leaf=lambda x: hasattr(x, "names")):
             where = f"{config['name']}: {jax.tree_util.keystr(path)}"
             assert hasattr(leaf, "names"), f"{where} carries no logical names"
@@ -254,6 +274,38 @@ def test_every_name_that_a_model_uses_has_a_rule(monkeypatch):
             used.update(leaf.names)
     assert used - {None} <= known
     assert {"embed", "heads", "conv_out", "act_heads"} <= used  # the recording works
+
+
+@pytest.mark.parametrize("config", sum(TINY.values(), []), ids=lambda config: config["name"])
+def test_large_parameters_are_split_or_listed_and_optimizers_follow_them(config, monkeypatch):
+    monkeypatch.setattr(mesh_module, "LISTED", 16)
+    boxes = _initial_shapes(config)["params"]
+    trees = {"params": boxes, "ema": boxes}
+    for name in OPTIMIZERS:
+        options = dict(name=name, learning_rate=0.1, schedule=dict(name="constant"), clip_norm=1.0)
+        optimizer, _ = make_optimizer(options, 10, frozen=("encoder",))
+        trees[name] = jax.eval_shape(optimizer.init, boxes)
+    for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=8)):
+        shardings, notes = state_shardings(trees, make_mesh(**sizes))
+        leaves = zip(_by_path(without_names(trees)).items(), _by_path(shardings).values(), strict=True)
+        params = {}
+        for (path, leaf), sharding in leaves:
+            if path.startswith("params/"):
+                params[path.removeprefix("params/")] = (leaf.shape, sharding)
+                if leaf.size >= 16 and sharding.is_fully_replicated:
+                    assert any(note.startswith(f"{path}: ") for note in notes), f"{path} {leaf.shape} on {sizes}"
+        for tree in trees.keys() - {"params"}:
+            of_tree = {path: entry for path, entry in _by_path(shardings[tree]).items()}
+            shapes = _by_path(without_names(trees[tree]))
+            followed = 0
+            for path, sharding in of_tree.items():
+                owners = [name for name in params if path == name or path.endswith(f"/{name}")]
+                if not owners:
+                    assert shapes[path].size <= 1, f"{tree}/{path} is no parameter's and holds {shapes[path].shape}"
+                    continue
+                assert (shapes[path].shape, sharding) == params[max(owners, key=len)], f"{tree}/{path} on {sizes}"
+                followed += 1
+            assert followed == len(params) * {"adam": 2, "adamw": 2, "lamb": 2}.get(tree, 1)
 
 
 def test_rules_name_mesh_axes_and_each_name_once():

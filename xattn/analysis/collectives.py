@@ -3,28 +3,29 @@
 XLA's own cost analysis does not tell communication apart, and takes the body of a loop once.
 """
 
+import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 # Bytes that one of `p` devices sends, by the bytes of the result that each of them holds afterwards. What is gathered,
 # reduced or scattered goes round a ring, which sends the least.
-SENT: dict[str, Callable[[int, int], float]] = {
-    "all-gather": lambda size, p: size * (p - 1) / p,
-    "all-reduce": lambda size, p: 2 * size * (p - 1) / p,
+SENT: dict[str, Callable[[int, int], int]] = {
+    "all-gather": lambda size, p: size * (p - 1) // p,
+    "all-reduce": lambda size, p: 2 * size * (p - 1) // p,
     "reduce-scatter": lambda size, p: size * (p - 1),
     "collective-permute": lambda size, p: size,
-    "all-to-all": lambda size, p: size * (p - 1) / p,
+    "all-to-all": lambda size, p: size * (p - 1) // p,
 }
 
 
-class Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traffic:
     """Collectives of one kind: how many one device takes part in, and the bytes that it sends in all of them."""
 
     count: int
-    bytes: float
+    bytes: int
 
 
 def count_collectives(hlo: str) -> dict[str, Traffic]:

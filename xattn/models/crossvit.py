@@ -58,6 +58,8 @@ from xattn.layers.vit import (
 )
 from xattn.ops.resize import bicubic_resize
 
+TOKENS = ("batch", "length", "act_embed")
+
 
 class Map(nn.Module):
     """Dense(gelu(LN(x))) to `features`: f and g of the paper."""
@@ -67,8 +69,10 @@ class Map(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N Cin"]) -> Float[Array, "B N C"]:
+        # Where branches meet, gradients would else be split by the channels of the kernels that they come through.
+        x = nn.with_logical_constraint(x, TOKENS)
         x = nn.gelu(layer_norm("norm", self.dtype)(x), approximate=False)
-        return dense(self.features, "dense", dtype=self.dtype)(x)
+        return nn.with_logical_constraint(dense(self.features, "dense", dtype=self.dtype)(x), TOKENS)
 
 
 class Attend(nn.Module):
@@ -307,6 +311,7 @@ class CrossViT(nn.Module):
             )(branches, deterministic=not train)
         normed = [layer_norm(f"norm_{i}", self.dtype)(x) for i, x in enumerate(branches)]
         pooled = [x[:, 0] if self.pool == "token" else x[:, 1:].mean(1) for x in normed]
+        pooled = [nn.with_logical_constraint(x, ("batch", "act_embed")) for x in pooled]
         if not self.num_classes:
             return jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
         drop = nn.Dropout(self.head_dropout_rate, deterministic=not train)

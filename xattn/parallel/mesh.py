@@ -48,6 +48,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
+LISTED = 2**16
+"""How many values make a parameter large: such a one is not left whole without a word."""
+
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
     """A mesh over this run's devices with the axes `data, fsdp, tensor, sequence`.
@@ -117,20 +120,21 @@ def state_shardings(abstract: Any, mesh: Mesh) -> tuple[Any, list[str]]:
 
     Returns:
       A tree of `NamedSharding` (without the boxes), and one line for each parameter axis that its mesh
-      axis does not divide; such an axis is replicated.
+      axis does not divide (it is replicated) and for each other array of `LISTED` values that a mesh with `fsdp` or
+      `tensor` leaves whole on each device.
 
     Raises:
       UsageError: a logical name that has no rule.
     """
     rules = dict(RULES)
     notes = []
+    parameters_split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        if not _named(leaf):
-            return NamedSharding(mesh, PartitionSpec())
         where = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape, names = (leaf.value.shape, leaf.names) if _named(leaf) else (leaf.shape, ())
         spec = []
-        for size, name in zip(leaf.value.shape, leaf.names, strict=True):
+        for size, name in zip(shape, names, strict=_named(leaf)):
             if name is not None and name not in rules:
                 raise UsageError(
                     f"{where} uses the logical axis '{name}', which has no rule: add one to RULES "
@@ -143,7 +147,11 @@ def state_shardings(abstract: Any, mesh: Mesh) -> tuple[Any, list[str]]:
                 )
                 axis = None
             spec.append(axis)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        result = NamedSharding(mesh, PartitionSpec(*spec))
+        listed = bool(notes) and notes[-1].startswith(f"{where}: ")
+        if parameters_split and result.is_fully_replicated and math.prod(shape) >= LISTED and not listed:
+            notes.append(f"{where}: this mesh splits none of its axes {names}, {math.prod(shape):,} values stay whole")
+        return result
 
     return jax.tree_util.tree_map_with_path(sharding, abstract, is_leaf=_named), notes
 
