@@ -45,9 +45,11 @@ class Layer(NamedTuple):
 
 
 ATTENTION = (
-    Attention(1, 512, 2048, 8, 64),  # half of `CHUNKED_ABOVE`
-    Attention(1, 2048, 2048, 8, 64),  # twice
-    Attention(16, 1024, 256, 8, 32),  # above it, fewer keys than a chunk
+    Attention(1, 512, 1024, 8, 64),  # half of `CHUNKED_FROM`
+    Attention(1, 512, 2048, 8, 64),
+    Attention(1, 2048, 2048, 8, 64),
+    Attention(2, 4096, 77, 8, 40),  # fewer keys than a chunk
+    Attention(16, 1024, 256, 8, 32),
     Attention(1, 512, 50176, 1, 64),
     Attention(4, 32, 16384, 8, 64),
 )

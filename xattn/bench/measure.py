@@ -355,12 +355,17 @@ def print_peak(request: str, title: str, name: str) -> None:
     case = next(case for case in _cases(Request(**json.loads(request))) if case.title == title)
     run = next(row for row in case.rows if row.name == name).make().run
     assert run is not None
+    print(rise_mb(run))
+
+
+def rise_mb(run: Callable[[], Any]) -> float:
+    """How far the resident memory rises in the second call of `run`, in MB."""
     jax.block_until_ready(run())
     gc.collect()
     before = _status_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     jax.block_until_ready(run())
-    print((_status_kb("VmHWM") - before) / 1e3)
+    return (_status_kb("VmHWM") - before) / 1e3
 
 
 def _status_kb(key: str) -> int:

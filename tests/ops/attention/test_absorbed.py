@@ -67,7 +67,7 @@ def absorbed(query, inputs, key, value, norm, **options):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_projecting_forward_and_backward(monkeypatch, case, chunks):
     if chunks:
-        monkeypatch.setattr(api, "CHUNKED_ABOVE", 0)
+        monkeypatch.setattr(api, "CHUNKED_FROM", 0)
         monkeypatch.setattr(chunked, "KEY_CHUNK", 3)
     options = dict(CASES[case])
     inputs = arrays(**{name: options.pop(name) for name in ("biases", "norm", "kv_heads") if name in options})

@@ -37,6 +37,8 @@ class Norm(NamedTuple):
 
 FOLDING_ROWS = 50
 """Moving the kernels takes as long as projecting about this many inputs (measured on a CPU, 768 and 1024 channels)."""
+CHUNKED_FROM = 2**23
+"""Bytes of scores from which on chunks are faster here, where keys and values are made in the chunk (measured on a CPU)."""
 MARGIN = 0.75
 """Of the multiply-adds of projecting: with more than this, absorbing was not faster (measured on a CPU)."""
 
@@ -115,7 +117,7 @@ def absorbed_attention(
         "dropout_rng": dropout_rng,
     }
     rows, _ = jax.eval_shape(prepare, inputs)
-    if large_scores(query, rows):
+    if large_scores(query, rows, CHUNKED_FROM):
         checked = checked_mask(query, rows, rows, bias, mask, scale, dropout_rate, dropout_rng)
         out, _ = chunked.attend_prepared(query, (inputs,), prepare, mask=checked, **options)
     else:

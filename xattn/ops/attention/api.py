@@ -18,8 +18,8 @@ IMPLEMENTATIONS = {
     "kv_ring": distributed.kv_ring,
 }
 
-CHUNKED_ABOVE = 2**26
-"""Bytes of the float32 score matrix (all batch entries and heads) above which chunks are used."""
+CHUNKED_FROM = 2**25
+"""Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used."""
 
 
 def dot_product_attention(
@@ -57,7 +57,7 @@ def dot_product_attention(
         index alone, so it is the same in every implementation.
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
       implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given, or if the
-        float32 scores are larger than `CHUNKED_ABOVE` (64 MiB) and M is more than one key chunk (512);
+        float32 scores take `CHUNKED_FROM` (32 MiB) or more and M is at least a chunk of keys (256);
         otherwise "xla", which is faster there. "gather", "ring" and "kv_ring" compute where queries and keys
         are split over the mesh axis `sequence` (`xattn.ops.attention.distributed`).
       query_chunk_size: queries in a block of "chunked", or of one device.
@@ -178,8 +178,8 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
-def large_scores(query: Any, key: Any) -> bool:
+def large_scores(query: Any, key: Any, size: int = CHUNKED_FROM) -> bool:
     """Whether the scores of query [*B, N, H, D] and key [*B, M, G, D] are better never held whole."""
     *batch, num_queries, num_heads, _ = query.shape
     score_bytes = 4 * math.prod(batch) * num_heads * num_queries * key.shape[-3]
-    return score_bytes > CHUNKED_ABOVE and key.shape[-3] > chunked.KEY_CHUNK
+    return score_bytes >= size and key.shape[-3] >= chunked.KEY_CHUNK

@@ -23,7 +23,7 @@ from xattn.ops.attention.xla import dot_scores, exponentials, weighted_sum
 Prepare = Callable[..., tuple[jax.Array, jax.Array]]
 """Keys [*B, m, G, D] and values [*B, m, G, Dv] of a chunk, from that chunk of each input."""
 
-KEY_CHUNK = 512
+KEY_CHUNK = 256
 BLOCK_BYTES = 2**26
 
 
@@ -83,7 +83,7 @@ def attend_prepared(
     """Attention over keys and values that are made from `inputs` a chunk at a time.
 
     A block is query_chunk_size x key_chunk_size scores for every batch entry and head. The defaults are
-    512 keys and as many queries as keep the float32 block within 64 MiB, at least 128. Differentiable in
+    256 keys and as many queries as keep the float32 block within 64 MiB, at least 128. Differentiable in
     reverse mode only.
 
     Args:
