@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from xattn import data, evals, models, tasks
-from xattn.checkpoints import Checkpoints, has_checkpoint, open_workdir
+from xattn.checkpoints import Checkpoints, latest_step, open_workdir
 from xattn.config import Config, UsageError, config_hash
 from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, shard_batch, use_mesh
 from xattn.train.optim import make_optimizer
@@ -57,7 +58,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
     given = None  # the weights of another run, if this one starts from them
-    if config.get("pretrained") and not has_checkpoint(workdir):
+    if config.get("pretrained") and latest_step(workdir) is None:
         given = load_pretrained(Path(config.pretrained))
     train_step = make_train_step(model, task, optimizer, schedule, config.accumulate_steps, config.ema_decay)
     key = jax.random.key(config.seed)
@@ -75,56 +76,53 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             evals.check(spec, model, config, where)
         if given:
             given = fit_pretrained(given, abstract)
-        open_workdir(workdir, config)
+
+    # From here on the workdir is this run's alone.
+    with open_workdir(workdir, config):
         metric = config.validation.metric if config.validation else None
-        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
-        restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
-        state = create(key) if restored is None else replace(abstract, **restored[1], **restored[2])
-        if given:
-            state = start_from(given, state)
-        start = int(state.step)
-        if start > config.num_steps:
-            raise UsageError(
-                f"{workdir} is at step {start}, beyond config.num_steps {config.num_steps}: give {start} or more."
-            )
+        saved = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
+        with use_mesh(mesh), closing(saved) as checkpoints:
+            restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
+            state = create(key) if restored is None else replace(abstract, **restored[1], **restored[2])
+            if given and restored is None:
+                state = start_from(given, state)
+            start = int(state.step)
 
-        stop = threading.Event()
-        with (
-            closing(checkpoints),
-            Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
-            _on_sigterm(lambda *_: stop.set()),
-        ):
-            for note in notes:
-                report.say(f"not sharded: {note}")
-            report.say(_summary(config, state, mesh, workdir, start))
+            with (
+                Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
+                _asked_to_stop() as stop_after,
+            ):
+                for note in notes:
+                    report.say(f"not sharded: {note}")
+                report.say(_summary(config, state, mesh, workdir, start))
 
-            # The step, compiled ahead so that its time is told apart from the training's.
-            compiled = lowered.compile()
-            report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
+                # The step, compiled ahead so that its time is told apart from the training's.
+                compiled = lowered.compile()
+                report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
-            # The loop: update, log, validate, save.
-            hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-            batches = data.batches(source, pipeline, start_step=start, num_steps=config.num_steps - start, **hosts)
-            for step, batch in enumerate(batches, start=start + 1):
-                state, metrics = compiled(state, shard_batch(batch, mesh), key)
-                last, stopping = step == config.num_steps, stop.is_set()
-                if step % config.log_every == 0 or last:
-                    report.train_row(step, metrics)
-                validated = None
-                if config.validation and (step % config.validation.every == 0 or last):
-                    validated = _validate(config, model, state)
-                    report.validation_row(step, validated)
-                if validated or step % config.checkpoint.every == 0 or last or stopping:
-                    report.flush()
-                    meta = {"config_hash": config_hash(config)}
-                    checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
-                if stopping:
-                    raise Preempted(f"stopped at step {step}; the same command continues from there.")
-            report.plot_curves()
+                # The loop: update, log, validate, save.
+                hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+                batches = data.batches(source, pipeline, start_step=start, num_steps=config.num_steps - start, **hosts)
+                for step, batch in enumerate(batches, start=start + 1):
+                    state, metrics = compiled(state, shard_batch(batch, mesh), key)
+                    last, stopping = step == config.num_steps, stop_after(step)
+                    if step % config.log_every == 0 or last:
+                        report.train_row(step, metrics)
+                    validated = None
+                    if config.validation and (step % config.validation.every == 0 or last):
+                        validated = _validate(config, model, state)
+                        report.validation_row(step, validated)
+                    if validated or step % config.checkpoint.every == 0 or last or stopping:
+                        report.flush()
+                        meta = {"config_hash": config_hash(config)}
+                        checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
+                    if stopping:
+                        raise Preempted(f"stopped at step {step}; the same command continues from there.")
+                report.plot_curves()
 
-    # Evaluation of the checkpoint that `xattn.load` gives.
-    with _on_sigterm(_stop_evaluating):
-        return evals.evaluate_workdir(workdir)
+        # Evaluation of the checkpoint that `xattn.load` gives.
+        with _on_sigterm(_stop_evaluating):
+            return evals.evaluate_workdir(workdir)
 
 
 def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
@@ -166,6 +164,20 @@ def _misfits_named() -> Iterator[None]:
         if isinstance(error, TypeError) and "shape" not in str(error):  # a mistake in the program, not in the config
             raise
         raise UsageError(f"model, task and data of the config do not fit: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[int], bool]]:
+    """Tells after each step whether to save and stop, to every process of a run after the same one.
+
+    `jax.distributed` takes the SIGTERM of one process to the others, which agree on a step that none has done yet.
+    """
+    if jax.distributed.is_initialized():
+        yield multihost_utils.reached_preemption_sync_point
+    else:
+        stop = threading.Event()
+        with _on_sigterm(lambda *_: stop.set()):
+            yield lambda step: stop.is_set()
 
 
 @contextmanager
