@@ -30,6 +30,9 @@ from xattn.config import UsageError, lookup
 
 FORMAT_VERSION = 1
 
+# Orbax logs the errors of its threads with their tracebacks, then raises them in `save`, `wait` and `close` as well.
+logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
 
 class DamagedCheckpoint(Exception):
     """A checkpoint that is complete by name but whose contents are not what was saved."""
