@@ -21,7 +21,20 @@ else:
     Config = ConfigDict
 
 # Keys that may change when a run is continued: they do not alter the steps already taken.
-RESUMABLE = ("num_steps", "mesh", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code")
+RESUMABLE = (
+    "num_steps",
+    "mesh",
+    "mode",
+    "evals",
+    "validation",
+    "log_every",
+    "checkpoint",
+    "preempt_exit_code",
+    "step_limit",
+)
+
+# What every run has and few change: a config need not give it.
+DEFAULTS = {"mode": "jit", "step_limit": 1800.0}
 
 
 class UsageError(ValueError):
@@ -117,6 +130,7 @@ def load_config(name: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(variant)
+    config.update({key: value for key, value in DEFAULTS.items() if key not in config})
     return config.lock()
 
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from xattn.config import UsageError, lookup
+from xattn.parallel.distributed import exchange
 
 FORMAT_VERSION = 1
 
@@ -135,14 +135,14 @@ class Checkpoints:
           UsageError: every checkpoint is damaged, or the latest intact one has another format version or
             holds other arrays.
         """
-        steps = self.steps()
+        steps, targets = self.steps(), {"model": model, "training": training}
         for step in reversed(steps):
             try:
-                with agreed(DamagedCheckpoint):
-                    meta, arrays = self._read(step, lambda: {"model": model, "training": training})
+                with _agreed():
+                    meta, arrays = self._read(step, lambda: targets)
                 _verify(meta, arrays)
-                model, training = jax.tree.map(_as_asked, (arrays["model"], arrays["training"]), (model, training))
-                return step, model, training
+                asked = jax.tree.map(_as_asked, arrays, targets)
+                return step, asked["model"], asked["training"]
             except DamagedCheckpoint as error:
                 self._set_aside(step, error)
         if steps:
@@ -212,7 +212,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside.parent.mkdir(exist_ok=True)
             shutil.move(self.folder / str(step), aside)
-        multihost_utils.sync_global_devices("checkpoint set aside")
+        exchange("a damaged checkpoint is set aside", "")
         self._manager.reload()
 
     def wait(self) -> None:
@@ -246,16 +246,15 @@ def _damage_named() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def agreed(kind: type[Exception]) -> Iterator[None]:
-    """Raises `kind` in every process if one of them does; the block must not wait for other processes."""
-    found = None
+def _agreed() -> Iterator[None]:
+    """Raises `DamagedCheckpoint` in every process if it is raised in one of them."""
+    said = ""
     try:
         yield
-    except kind as error:
-        found = error
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(found is not None)))
-    if failed.size:
-        raise found or kind(f"process {failed[0]} says why")
+    except DamagedCheckpoint as error:
+        said = str(error) or repr(error)
+    if found := [text for text in exchange("reading the checkpoint", said) if text]:
+        raise DamagedCheckpoint(found[0])
 
 
 def _verify(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:

@@ -21,9 +21,9 @@ from absl import logging
 from flax import linen as nn
 
 from xattn import models
-from xattn.checkpoints.manager import Checkpoints, agreed
+from xattn.checkpoints.manager import Checkpoints
 from xattn.config import Config, UsageError, config_hash, differing_keys, from_json, to_json, write_atomically
-
+from xattn.parallel.distributed import first
 
 # What keeps a folder from being written to, and what to do about it.
 _UNWRITABLE = {
@@ -51,14 +51,17 @@ def open_workdir(workdir: Path, config: Config) -> Iterator[None]:
         written to, also later, while it is open.
     """
     with _unwritable_named(workdir), contextlib.ExitStack() as held:
-        with agreed(UsageError), _unwritable_named(workdir):
-            if jax.process_index() == 0:
-                _check(workdir, config)
-                workdir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_locked(workdir))
-                _check(workdir, config)  # again, now that nobody else changes it
-                _describe(workdir, config)
+        first("the workdir", lambda: _claim(workdir, config, held))
         yield
+
+
+def _claim(workdir: Path, config: Config, held: contextlib.ExitStack) -> None:
+    with _unwritable_named(workdir):
+        _check(workdir, config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_locked(workdir))
+        _check(workdir, config)  # again, now that nobody else changes it
+        _describe(workdir, config)
 
 
 def _check(workdir: Path, config: Config) -> None:
@@ -89,7 +92,7 @@ def _locked(workdir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise UsageError(
-                f"{workdir} is in use by another run ({file.read()}): wait for it, stop it, or choose another --workdir."
+                f"{workdir} is in use by another run ({file.read()}): wait for it, or choose another --workdir."
             ) from error
         except OSError as error:  # such as a network file system that is mounted without them
             logging.warning("%s has no locks (%s): see to it that no other run writes to it.", workdir, error)

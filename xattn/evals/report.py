@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
 from flax import linen as nn
@@ -23,6 +24,7 @@ from xattn.evals.flow_picture import draw_flow
 from xattn.evals.masked_language import check_masked_language, describe_masked_language, masked_language
 from xattn.evals.optical_flow import check_optical_flow, describe_optical_flow, optical_flow
 from xattn.models import build
+from xattn.parallel.distributed import exchange, first
 from xattn.parallel.mesh import evaluation_mesh, replicate, use_mesh
 
 
@@ -78,7 +80,8 @@ def check(spec: Mapping[str, Any], model: nn.Module, config: Config, where: str)
 def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None = None) -> dict[str, dict[str, Any]]:
     """Runs every evaluation of the run's config, prints their table and keeps `evals/<step>/<name>.json`.
 
-    A result that is already there for the same step and the same settings is read, not computed again.
+    A result that is already there for the same step and the same settings is read, not computed again. Several
+    processes share the examples out; process 0 alone reads and writes results and pictures.
 
     Args:
       workdir: a trained run.
@@ -87,6 +90,7 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
 
     Raises:
       UsageError: no run, no checkpoint, no such evaluation.
+      PeerLost: another process did not come to the end of the evaluation.
     """
     config = read_config(workdir)
     specs = config.evals.to_dict()
@@ -97,27 +101,37 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
     found, variables = load_variables(workdir, step)
     model = build(config.model.to_dict(), dtype=config.dtype)
     mesh = evaluation_mesh(**config.mesh)
-    variables = replicate(variables, mesh)
-    results, kept = {}, []
+    replicated = replicate(variables, mesh)
+    folder = workdir / "evals" / str(found)
+    kept = first("the results that are there", lambda: _kept(folder, specs))
+    results = {}
     for name, spec in specs.items():
-        path = workdir / "evals" / str(found) / f"{name}.json"
-        if path.is_file() and (old := json.loads(path.read_text()))["spec"] == json.loads(json.dumps(spec)):
-            results[name] = old
-            kept.append(spec)
+        if name in kept:
+            results[name] = kept[name]
             continue
         with use_mesh(mesh):
-            result = run(spec, model, variables, config)
+            result = run(spec, model, replicated, config)
         text = json.dumps({"spec": spec, "step": found, **result})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"{name}.json", text)
         results[name] = json.loads(text)
-    _print_results(f"{workdir}, step {found}", results)
-    for name, protocol in EVALS.items():
-        spec = next((spec for spec in specs.values() if spec["name"] == name), None)
-        path = workdir / "plots" / f"{name}_{found}.png"
-        if protocol.draw and spec and not (spec in kept and path.is_file()):
-            print(f"an example of {name}: {protocol.draw(model, variables, config, path, spec)}")
+    if jax.process_index() == 0:
+        _print_results(f"{workdir}, step {found}", results)
+        for kind, protocol in EVALS.items():
+            name = next((name for name, spec in specs.items() if spec["name"] == kind), None)
+            path = workdir / "plots" / f"{kind}_{found}.png"
+            if protocol.draw and name and not (name in kept and path.is_file()):
+                print(f"an example of {kind}: {protocol.draw(model, variables, config, path, specs[name])}")
+    exchange("the end of the evaluation", "")
     return results
+
+
+def _kept(folder: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of a folder that were computed with the same settings."""
+    paths = {name: path for name in specs if (path := folder / f"{name}.json").is_file()}
+    results = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    return {name: old for name, old in results.items() if old["spec"] == json.loads(json.dumps(specs[name]))}
 
 
 def compare_workdirs(
@@ -150,7 +164,8 @@ def compare_workdirs(
         table.add_row(name, other, f"{scale * gaps.mean():+.2f}", f"+- {scale * half_width(gaps):.2f}")
     if not rows:
         raise UsageError(f"{workdir} and {against} share no examples: give their configs the same evals.")
-    _console().print(table)
+    if jax.process_index() == 0:
+        _console().print(table)
     return rows
 
 

@@ -4,6 +4,8 @@ Position in the data, random numbers and the schedule are functions of the step 
 stopped at any moment continues, bit for bit, from its latest checkpoint: start the same command again.
 """
 
+import hashlib
+import json
 import signal
 import threading
 import time
@@ -15,12 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from xattn import data, evals, models, tasks
 from xattn.checkpoints import Checkpoints, latest_step, open_workdir
-from xattn.config import Config, UsageError, config_hash
-from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, shard_batch, use_mesh
+from xattn.config import Config, UsageError, config_hash, lookup
+from xattn.parallel import distributed, pmap
+from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, row_share, shard_batch, use_mesh
 from xattn.train.optim import make_optimizer
 from xattn.train.pretrained import fit_pretrained, load_pretrained, start_from
 from xattn.train.reporting import Reporter
@@ -46,9 +50,13 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     """
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
+    distributed.check_same("the start", _by_key(config))
     mesh = make_mesh(**config.mesh)
+    _check_mode(config, mesh)
+    mapped = config.mode == "pmap"
     batch_size = config.pipeline.batch_size
     check_batch(batch_size, config.accumulate_steps, mesh)
+    host, hosts = row_share(mesh)
     model = models.build(config.model.to_dict(), dtype=config.dtype)
     task = tasks.build(config.task.to_dict())
     optimizer, schedule = make_optimizer(
@@ -60,7 +68,16 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     given = None  # the weights of another run, if this one starts from them
     if config.get("pretrained") and latest_step(workdir) is None:
         given = load_pretrained(Path(config.pretrained))
-    train_step = make_train_step(model, task, optimizer, schedule, config.accumulate_steps, config.ema_decay)
+    train_step = make_train_step(
+        model,
+        task,
+        optimizer,
+        schedule,
+        config.accumulate_steps,
+        config.ema_decay,
+        config.max_skipped,
+        pmap.AXIS if mapped else None,
+    )
     key = jax.random.key(config.seed)
 
     # State: planned, and the step traced, without memory; then restored into its shardings, or created in them,
@@ -70,8 +87,12 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         with _misfits_named():
             create, abstract, notes = abstract_state(model, task, optimizer, shapes, config.ema_decay > 0, mesh)
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-            lowered = step_fn.lower(abstract, shapes, key)
+            if mapped:
+                lowered = pmap.lower(train_step, abstract, shapes, key, mesh)
+            else:
+                step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+                lowered = step_fn.lower(abstract, shapes, key)
+        distributed.check_same("the step", {"the program of a step": _hash(lowered.as_text())})
         for where, spec in _evaluations(config).items():
             evals.check(spec, model, config, where)
         if given:
@@ -101,10 +122,17 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
                 # The loop: update, log, validate, save.
-                hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-                batches = data.batches(source, pipeline, start_step=start, num_steps=config.num_steps - start, **hosts)
+                place = pmap.split_rows if mapped else shard_batch
+                batches = data.batches(
+                    source,
+                    pipeline,
+                    start_step=start,
+                    num_steps=config.num_steps - start,
+                    process_index=host,
+                    process_count=hosts,
+                )
                 for step, batch in enumerate(batches, start=start + 1):
-                    state, metrics = compiled(state, shard_batch(batch, mesh), key)
+                    state, metrics = compiled(state, place(batch, mesh), key)
                     last, stopping = step == config.num_steps, stop_after(step)
                     if step % config.log_every == 0 or last:
                         report.train_row(step, metrics)
@@ -125,6 +153,23 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             return evals.evaluate_workdir(workdir)
 
 
+def _check_mode(config: Config, mesh: Any) -> None:
+    """Raises `UsageError` for an unknown mode, or a mesh or a model that is not made for it."""
+    lookup({"jit": None, "pmap": None}, config.mode, "config.mode")
+    if config.mode == "pmap":
+        pmap.check_mesh(mesh)
+        return
+    named = [
+        f"config.model.{path}"
+        for path, value in flatten_dict(config.model.to_dict(), sep=".").items()
+        if path.split(".")[-1] == "axis_name" and value
+    ]
+    if named:
+        raise UsageError(
+            f"{named[0]} is for the mode 'pmap': in the mode 'jit' BatchNorm averages over the whole batch without it."
+        )
+
+
 def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
     """The evaluations by their place in the config; that of `config.validation` without when and what to compare."""
     specs = {f"config.evals.{name}": spec for name, spec in config.evals.to_dict().items()}
@@ -132,6 +177,15 @@ def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
         spec = {key: value for key, value in config.validation.to_dict().items() if key not in ("every", "metric")}
         specs["config.validation"] = spec
     return specs
+
+
+def _by_key(config: Config) -> dict[str, str]:
+    """A hash of every key of the config, so that one that differs between processes can be named."""
+    return {f"config.{key}": _hash(json.dumps(value, sort_keys=True)) for key, value in config.to_dict().items()}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _validate(config: Config, model: Any, state: Any) -> dict[str, float]:

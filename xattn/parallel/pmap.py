@@ -1,0 +1,56 @@
+"""The step under `jax.pmap`: a second, data-parallel mode, for code and habits that pmap has formed.
+
+The same step function runs once a device on its rows of the batch, and averages gradients over the axis `AXIS`. The
+state goes in and comes out whole, without an axis for the devices, so it is saved, restored and evaluated like that of
+the other mode, and a run may change from one to the other.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from xattn.config import UsageError
+
+AXIS = "data"
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises `UsageError` unless the mesh has replicas only."""
+    if mesh.size != mesh.shape["data"]:
+        raise UsageError(
+            f"config.mode is 'pmap', which splits batches alone, but config.mesh is {dict(mesh.shape)}: give sizes of "
+            "1 to all axes but data, or take the mode 'jit'."
+        )
+
+
+def lower(step: Callable, state: Any, batch: Mapping[str, Any], key: jax.Array, mesh: Mesh) -> Any:
+    """The program of `step(state, batch, key)`, made for the axis `AXIS`, on every device of the mesh.
+
+    Compiled, it takes a whole state (and gives it away) and a batch from `split_rows`.
+
+    Args:
+      step: from `make_train_step`.
+      state, batch: their shapes, those of the whole batch.
+      key: the run's.
+      mesh: of replicas only.
+    """
+    mapped = jax.pmap(
+        step, AXIS, in_axes=(None, 0, None), out_axes=None, devices=list(mesh.devices.flat), donate_argnums=0
+    )
+    rows = {
+        name: jax.ShapeDtypeStruct((len(mesh.local_devices), leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in batch.items()
+    }
+    # A device that works alone has no mesh to split its arrays over.
+    with jax.set_mesh(Mesh(np.empty((), object), ())), nn.logical_axis_rules(()):
+        return mapped.lower(state, rows, key)
+
+
+def split_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """This process's rows [B, ...] of a batch by device: [devices, B / devices, ...]."""
+    devices = len(mesh.local_devices)
+    return {name: rows.reshape(devices, -1, *rows.shape[1:]) for name, rows in batch.items()}
