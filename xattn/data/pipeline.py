@@ -18,7 +18,7 @@ import grain
 import jax
 import numpy as np
 
-from xattn.config import UsageError, check_keys, lookup
+from xattn.config import UsageError, check_options, lookup
 from xattn.data.episodes import EpisodeSampler, ImageSource
 from xattn.data.mask_words import mask_words
 from xattn.data.mixing import mixup_cutmix, mixup_or_cutmix
@@ -246,7 +246,7 @@ def _transform(transforms: Mapping[str, Mapping[str, Any]]) -> Callable[[Any, np
     """The transforms as one function of a batch and the seeds of its rows."""
     for name, options in transforms.items():
         function = lookup(TRANSFORMS, name, "transform")
-        check_keys(options, function, f"config.pipeline.transforms.{name}")
+        check_options(options, function, f"config.pipeline.transforms.{name}", given=("batch", "seeds"))
 
     def apply(batch: dict[str, np.ndarray], seeds: np.ndarray) -> dict[str, np.ndarray]:
         for name in TRANSFORMS:
@@ -275,6 +275,8 @@ def _stack(examples: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, n
 
 
 def _read(dataset: grain.MapDataset, num_threads: int) -> Iterator[dict[str, np.ndarray]]:
+    if num_threads < 0:
+        raise UsageError(f"A stream of batches needs num_threads of at least 0, but got {num_threads}.")
     # A thread makes a whole batch, and the buffer holds those that are being made: large ones fill the memory.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
     return iter(dataset.to_iter_dataset(options))

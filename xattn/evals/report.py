@@ -15,7 +15,7 @@ from rich.table import Table
 
 from xattn.checkpoints import read_config
 from xattn.checkpoints.workdir import load_variables
-from xattn.config import Config, UsageError, check_keys, lookup, write_atomically
+from xattn.config import Config, UsageError, check_options, lookup, write_atomically
 from xattn.evals.autoencoding import autoencoding, check_autoencoding, describe_autoencoding, draw_clip
 from xattn.evals.classification import check_classification, classification, describe_classification
 from xattn.evals.episode_picture import draw_episode
@@ -55,12 +55,15 @@ EVALS = {
     "optical_flow": Protocol(optical_flow, check_optical_flow, describe_optical_flow, draw_flow, scale=1.0),
 }
 
+# Keywords of `Protocol.run` that are not the spec's.
+_GIVEN = ("model", "variables", "config")
+
 
 def run(spec: Mapping[str, Any], model: nn.Module, variables: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The result of one evaluation; `spec` holds the protocol's `name` and its keywords."""
     options = dict(spec)
-    protocol = lookup(EVALS, options.pop("name"), "evaluation").run
-    check_keys(options, protocol, "config.evals")
+    protocol = lookup(EVALS, options.pop("name", None), "evaluation").run
+    check_options(options, protocol, "config.evals", _GIVEN)
     result = protocol(model, variables, config, **options)
     if not math.isfinite(result[result["metric"]]):
         logging.warning(
@@ -72,8 +75,8 @@ def run(spec: Mapping[str, Any], model: nn.Module, variables: Mapping[str, Any],
 def check(spec: Mapping[str, Any], model: nn.Module, config: Config, where: str) -> None:
     """Raises `UsageError` if `run` would refuse `spec`, before any time is spent."""
     options = dict(spec)
-    protocol = lookup(EVALS, options.pop("name"), "evaluation")
-    check_keys(options, protocol.run, where)
+    protocol = lookup(EVALS, options.pop("name", None), "evaluation")
+    check_options(options, protocol.run, where, _GIVEN)
     protocol.check(model, config, **options)
 
 

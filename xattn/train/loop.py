@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from xattn import data, evals, models, tasks
 from xattn.checkpoints import Checkpoints, latest_step, open_workdir
-from xattn.config import Config, UsageError, config_hash, lookup
+from xattn.config import Config, UsageError, check_config, check_options, config_hash, lookup
 from xattn.parallel import distributed, pmap
 from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, row_share, shard_batch, use_mesh
 from xattn.train.optim import make_optimizer
@@ -51,6 +51,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
     distributed.check_same("the start", _by_key(config))
+    check_config(config)
+    check_options(config.mesh.to_dict(), make_mesh, "config.mesh")
     mesh = make_mesh(**config.mesh)
     _check_mode(config, mesh)
     mapped = config.mode == "pmap"
@@ -65,6 +67,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
+    for where, spec in _evaluations(config).items():
+        evals.check(spec, model, config, where)
     given = None  # the weights of another run, if this one starts from them
     if config.get("pretrained") and latest_step(workdir) is None:
         given = load_pretrained(Path(config.pretrained))
@@ -93,8 +97,6 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
                 lowered = step_fn.lower(abstract, shapes, key)
         distributed.check_same("the step", {"the program of a step": _hash(lowered.as_text())})
-        for where, spec in _evaluations(config).items():
-            evals.check(spec, model, config, where)
         if given:
             given = fit_pretrained(given, abstract)
 
