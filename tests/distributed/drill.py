@@ -265,7 +265,8 @@ def full_disk(folder: Path, count: int) -> str:
     finish(untouched, 12, wide)
     disk = folder / "disk"
     disk.mkdir()
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
     try:
         for number in range(count):
             on_disk = mounted and number % 2 == 0
@@ -298,7 +299,7 @@ def two_runs(folder: Path, count: int) -> str:
         first = start(workdir, 100_000)
         try:
             await_(lambda: checkpoints(workdir), first)  # noqa: B023
-            second = start(workdir.with_name(f"{workdir.name}") , 100_001)
+            second = start(workdir.with_name(f"{workdir.name}"), 100_001)
             assert launch.finish(second, BOUNDED) == [2], said(second)
             assert f"in use by another run (process {first[0].popen.pid} on" in second[0].printed()
             assert json.loads((workdir / "config.json").read_text())["num_steps"] == 100_000
@@ -312,7 +313,8 @@ def two_runs(folder: Path, count: int) -> str:
 
 def restore(folder: Path, count: int) -> str:
     """Saved on one layout of devices and processes, continued on another: `count` of the 12 pairs."""
-    pairs = [(a, b) for shift in range(1, len(LAYOUTS)) for a, b in zip(LAYOUTS, [*LAYOUTS][shift:] + [*LAYOUTS][:shift])]
+    names = [*LAYOUTS]
+    pairs = [(a, names[(i + shift) % len(names)]) for shift in range(1, len(names)) for i, a in enumerate(names)]
     restore_pairs(folder, pairs[:count])
     return f"{len(pairs[:count])} pairs: every array bit for bit, every example once"
 

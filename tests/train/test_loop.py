@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import xattn
-from tests.distributed.drill import kill
 from xattn import data, evals
 from xattn.config import Config, UsageError, load_config
 from xattn.train import Preempted, train
