@@ -37,6 +37,8 @@ from xattn.cli import main as xattn
 CONFIG = ("config=protonet/glyphs:smoke", "config.pipeline.batch_size=2", "config.preempt_exit_code=75")
 BOUNDED = 90  # seconds in which a run must end of which a process is dead or stuck: its heartbeat times out after 10
 
+OUTPUT = tempfile.TemporaryDirectory(prefix="drill_")  # of what the processes print
+
 
 # Starting runs, and what they leave.
 
@@ -50,18 +52,17 @@ def start(workdir: Path, steps: int, *flags: str, processes: int = 1, limit: int
     """Starts to train for `steps` steps.
 
     Args:
-      workdir: of the run; what its processes print goes to a folder beside it.
+      workdir: of the run.
       steps: where the run ends.
       flags: further ones, without their dashes.
       processes: how many, with a device each.
       limit: no process can write files larger than these bytes.
     """
     words = ["train", *CONFIG, f"config.num_steps={steps}", f"config.mesh.data={processes}", f"workdir={workdir}"]
-    folder = workdir.with_name(f"{workdir.name}_output")
+    folder = Path(tempfile.mkdtemp(dir=OUTPUT.name))
     if processes > 1:
         program = "tests.distributed.drill:verb"
         return launch.start(program, *words, *flags, folder=folder, num_processes=processes, num_devices=1)
-    folder.mkdir(exist_ok=True)
     output = folder / "process_0.txt"
     with output.open("w") as log:
         popen = subprocess.Popen(
@@ -207,26 +208,35 @@ def sigterm(folder: Path, count: int) -> str:
     stopped = []
     for number in range(count):
         processes = 2 if number % 2 == 0 else 1
-        flags = ("config.checkpoint.every=1000", "config.validation.every=1000")
-        workdir, untouched = folder / f"run_{number}", folder / f"untouched_{processes}"
-        if not untouched.exists():
-            finish(untouched, STEPS, *flags, processes=processes)
-        running = start(workdir, STEPS, *flags, processes=processes)
+        workdir = folder / f"run_{number}"
+        running = start(workdir, ENDLESS, *UNTIMED, processes=processes)
         await_(lambda: rows(workdir) > 2, running)  # noqa: B023
         running[-1 - number // 2 % processes].popen.send_signal(signal.SIGTERM)
         codes = launch.finish(running, BOUNDED)
         assert set(codes) == {75}, f"codes {codes}:\n{said(running)}"
         (step,) = checkpoints(workdir)
-        assert step < STEPS, "the run ended before it was asked to"
         for process in running:
             assert f"stopped at step {step};" in process.printed(), process.printed()
-        finish(workdir, STEPS, *flags, processes=processes)
-        assert_untouched(workdir, untouched, f"stopped at step {step}")
+        assert_continues(workdir, UNTIMED, processes)
         stopped.append(f"{processes} process{'es' * (processes > 1)} at step {step}")
     return f"code 75, saved and continued bit for bit: {', '.join(stopped)}"
 
 
-STEPS = 400  # more than a run does while it hears of a SIGTERM
+ENDLESS = 100_000  # steps
+# Nothing that a step does depends on how many there are, nor is anything but the end evaluated.
+UNTIMED = (
+    "config.optimizer.schedule.name=constant",
+    f"config.checkpoint.every={ENDLESS}",
+    f"config.validation.every={ENDLESS}",
+)
+
+
+def assert_continues(workdir: Path, flags: Sequence[str], processes: int) -> None:
+    """Three steps more, and as many in a run of its own: the same."""
+    steps, untouched = checkpoints(workdir)[-1] + 3, workdir.with_name(f"{workdir.name}_untouched")
+    for place in (workdir, untouched):
+        finish(place, steps, *flags, processes=processes)
+    assert_untouched(workdir, untouched, f"continued up to step {steps}")
 
 
 def rows(workdir: Path) -> int:
@@ -236,12 +246,10 @@ def rows(workdir: Path) -> int:
 
 def stuck(folder: Path, count: int) -> str:
     """SIGSTOP to one of two processes: the other one ends with an error within `BOUNDED` seconds."""
-    ended = []
-    untouched = folder / "untouched"
-    finish(untouched, STEPS, "config.validation.every=1000", processes=2)
+    ended, flags = [], (*UNTIMED, "config.checkpoint.every=2")
     for number in range(count):
         workdir = folder / f"run_{number}"
-        running = start(workdir, STEPS, "config.validation.every=1000", processes=2)
+        running = start(workdir, ENDLESS, *flags, processes=2)
         await_(lambda: checkpoints(workdir), running)  # noqa: B023
         stopped, other = running if number % 2 else running[::-1]
         stopped.popen.send_signal(signal.SIGSTOP)
@@ -249,12 +257,11 @@ def stuck(folder: Path, count: int) -> str:
         try:
             (code,) = launch.finish([other], BOUNDED)
         finally:
-            launch.finish([stopped], 0) if stopped.popen.poll() is not None else stopped.popen.kill()
+            stopped.popen.kill()
             stopped.popen.wait()
         assert code != 0, other.printed()
         ended.append(f"code {code} after {time.monotonic() - began:.0f} s")
-        finish(workdir, STEPS, "config.validation.every=1000", processes=2)
-        assert_untouched(workdir, untouched, "after a stuck process")
+        assert_continues(workdir, flags, processes=2)
     return f"the other one ended with {', '.join(ended)}; continued bit for bit"
 
 
@@ -296,13 +303,13 @@ def two_runs(folder: Path, count: int) -> str:
     """A second run in a workdir is refused until the first one is dead, also by SIGKILL."""
     for number in range(count):
         workdir = folder / f"run_{number}"
-        first = start(workdir, 100_000)
+        first = start(workdir, ENDLESS)
         try:
             await_(lambda: checkpoints(workdir), first)  # noqa: B023
-            second = start(workdir.with_name(f"{workdir.name}"), 100_001)
+            second = start(workdir, ENDLESS + 1)
             assert launch.finish(second, BOUNDED) == [2], said(second)
             assert f"in use by another run (process {first[0].popen.pid} on" in second[0].printed()
-            assert json.loads((workdir / "config.json").read_text())["num_steps"] == 100_000
+            assert json.loads((workdir / "config.json").read_text())["num_steps"] == ENDLESS
             assert first[0].popen.poll() is None
         finally:
             first[0].popen.kill()
