@@ -56,13 +56,17 @@ class Keys(NamedTuple):
     preempt_exit_code: int
     validation: Mapping[str, Any] | None
     evals: Mapping[str, Mapping[str, Any]]
-    pretrained: str = ""
-    mode: str = "jit"
-    step_limit: float = 1800.0
+    init_from: Mapping[str, Any]
+    mode: str
+    step_limit: float
 
 
 # What every run has and few change: a config need not give it.
-DEFAULTS = {"mode": "jit", "step_limit": 1800.0}
+DEFAULTS = {
+    "init_from": {"workdir": "", "step": "best", "take": (), "rename": {}, "fresh": ()},
+    "mode": "jit",
+    "step_limit": 1800.0,
+}
 
 # The least and the largest value of numbers of a config, and of a mapping's own.
 _RANGES = {
@@ -283,8 +287,13 @@ def load_config(name: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(variant)
+    return with_defaults(config).lock()
+
+
+def with_defaults(config: Config) -> Config:
+    """The config with those of `DEFAULTS` that it does not give."""
     config.update({key: value for key, value in DEFAULTS.items() if key not in config})
-    return config.lock()
+    return config
 
 
 def check_variant(arg: str, allowed: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import pytest
 import xattn
 from xattn.checkpoints import Checkpoints, open_workdir, read_config
 from xattn.checkpoints.workdir import load_variables
-from xattn.config import Config, UsageError, config_hash, to_json, write_atomically
+from xattn.config import Config, UsageError, config_hash, to_json, with_defaults, write_atomically
 from xattn.models import Conv4
 
 
@@ -30,7 +30,7 @@ def config(**changes: object) -> Config:
         evals=dict(),
         mesh=dict(data=1),
     )
-    return Config(whole | changes)
+    return with_defaults(Config(whole | changes))
 
 
 def opened(workdir: Path, config: Config) -> None:

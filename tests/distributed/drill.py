@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import SingleDeviceSharding
 
 from tests.distributed import launch
@@ -164,6 +165,9 @@ def damage(folder: Path, count: int) -> str:
 
     def bits(trees: object) -> list[bytes]:
         return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trees)]
+
+    logging.set_verbosity(logging.FATAL)  # what is damaged is asserted below
+    sys.unraisablehook = lambda _: None  # Orbax leaves behind reads that failed
 
     good = folder / "good"
     written = Checkpoints(good)

@@ -22,7 +22,16 @@ from flax import linen as nn
 
 from xattn import models
 from xattn.checkpoints.manager import Checkpoints
-from xattn.config import Config, UsageError, config_hash, differing_keys, from_json, to_json, write_atomically
+from xattn.config import (
+    Config,
+    UsageError,
+    config_hash,
+    differing_keys,
+    from_json,
+    to_json,
+    with_defaults,
+    write_atomically,
+)
 from xattn.parallel.distributed import first
 
 # What keeps a folder from being written to, and what to do about it.
@@ -148,7 +157,7 @@ def read_config(workdir: Path) -> Config:
         raise UsageError(
             f"{workdir} holds no run (there is no {path.name} in it): give the --workdir of a trained model."
         )
-    return from_json(path.read_text())
+    return with_defaults(from_json(path.read_text()))
 
 
 def load(workdir: str | Path, step: int | str = "best", ema: bool = True) -> tuple[nn.Module, dict, Config]:

@@ -25,8 +25,8 @@ from xattn.checkpoints import Checkpoints, latest_step, open_workdir
 from xattn.config import Config, UsageError, check_config, check_options, config_hash, lookup
 from xattn.parallel import distributed, pmap
 from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, row_share, shard_batch, use_mesh
+from xattn.train.init_from import InitFrom, fit_pretrained, load_pretrained, start_from
 from xattn.train.optim import make_optimizer
-from xattn.train.pretrained import fit_pretrained, load_pretrained, start_from
 from xattn.train.reporting import Reporter
 from xattn.train.state import abstract_state
 from xattn.train.step import make_train_step
@@ -70,8 +70,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     for where, spec in _evaluations(config).items():
         evals.check(spec, model, config, where)
     given = None  # the weights of another run, if this one starts from them
-    if config.get("pretrained") and latest_step(workdir) is None:
-        given = load_pretrained(Path(config.pretrained))
+    check_options(config.init_from.to_dict(), InitFrom, "config.init_from")
+    init_from = InitFrom(**config.init_from.to_dict())
+    if init_from.workdir and latest_step(workdir) is None:
+        given = load_pretrained(init_from)
     train_step = make_train_step(
         model,
         task,
@@ -98,7 +100,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 lowered = step_fn.lower(abstract, shapes, key)
         distributed.check_same("the step", {"the program of a step": _hash(lowered.as_text())})
         if given:
-            given = fit_pretrained(given, abstract)
+            given = fit_pretrained(given, abstract, init_from)
 
     # From here on the workdir is this run's alone.
     with open_workdir(workdir, config):
