@@ -111,6 +111,7 @@ def _train(arguments: list[str]) -> int:
         train.train(config, workdir)
     except train.Preempted as stopped:
         print(stopped)
+        distributed.leave(config.preempt_exit_code)  # while evaluating, the others may not have been asked to stop
         return config.preempt_exit_code
     return 0
 
