@@ -124,7 +124,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
             # The loop: update, log, validate, save.
-            place = pmap.split_rows if mapped else shard_batch
+            place = pmap.shard_by_device if mapped else shard_batch
             batches = data.batches(
                 source,
                 pipeline,
