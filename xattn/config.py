@@ -30,11 +30,11 @@ RESUMABLE = (
     "log_every",
     "checkpoint",
     "preempt_exit_code",
-    "step_limit",
+    "watchdog_seconds",
 )
 
 # What every run has and few change: a config need not give it.
-DEFAULTS = {"mode": "jit", "step_limit": 1800.0}
+DEFAULTS = {"mode": "jit", "watchdog_seconds": 1800.0}
 
 
 class UsageError(ValueError):
