@@ -1,18 +1,22 @@
 """The training program as a whole, on the smoke config of the main job."""
 
 import json
+import re
 import signal
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import xattn
 from tests.train.drill import drill
-from xattn import data, evals
+from xattn import data, evals, tasks
 from xattn.config import Config, UsageError, load_config
-from xattn.train import Preempted, train
+from xattn.tasks import fewshot
+from xattn.train import NotFinite, Preempted, train
 
 VALIDATION = dict(name="fewshot", split="val", queries=2, num_episodes=3, metric="accuracy")
 
@@ -117,6 +121,64 @@ def test_eight_devices_train_as_one(tmp_path):
         workdir = tmp_path / "_".join(mesh)
         train(smoke("qsformer", **common, **mesh), workdir)
         np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_a_run_may_change_between_jit_and_pmap(tmp_path):
+    common = dict(num_steps=6, pipeline__batch_size=8, ema_decay=0.9)
+    train(smoke(**common), tmp_path / "jit")
+    assert len(losses(tmp_path / "jit")) == 6
+    for modes in (("jit", "pmap"), ("pmap", "jit")):
+        workdir = tmp_path / "_".join(modes)
+        train(smoke(**common | dict(num_steps=3, mode=modes[0], mesh__data=8)), workdir)
+        train(smoke(**common, mode=modes[1], mesh__data=8), workdir)
+        np.testing.assert_allclose(losses(workdir), losses(tmp_path / "jit"), rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            params(workdir),
+            params(tmp_path / "jit"),
+        )
+
+
+def test_an_axis_name_is_for_pmap_alone(tmp_path):
+    encoder = {"name": "conv4", "widths": (8, 8, 8, 8), "norm": "batch", "axis_name": "data"}
+    with pytest.raises(UsageError, match=r"config\.model\.encoder\.axis_name is for the mode 'pmap'"):
+        train(smoke(model__encoder=encoder), tmp_path)
+
+
+def test_a_step_that_takes_too_long_tells_where_it_is(tmp_path, monkeypatch, capfd):
+    stream, told = data.batches, []
+
+    def stuck(*args, **kwargs):
+        for index, batch in enumerate(stream(*args, **kwargs)):
+            while "num_steps" in kwargs and index == 1 and "Timeout" not in "".join(told):
+                time.sleep(0.01)
+                told.append(capfd.readouterr().err)
+            yield batch
+
+    monkeypatch.setattr(data, "batches", stuck)
+    train(smoke(num_steps=3, watchdog_seconds=0.5), tmp_path)
+    assert re.search(r"Thread .* \(most recent call first\)", "".join(told))
+    assert "in stuck" in "".join(told) + capfd.readouterr().err
+    assert len(losses(tmp_path)) == 3  # it ended nothing
+
+
+def test_debug_nans_names_the_line_that_made_one(tmp_path, monkeypatch):
+    class Breaks(fewshot.FewShot):
+        def __call__(self, *args, **kwargs):
+            loss, metrics, state = super().__call__(*args, **kwargs)
+            return jnp.log(-loss), metrics, state  # the line
+
+    monkeypatch.setitem(tasks.TASKS, "fewshot", Breaks)
+    with jax.debug_nans(True), pytest.raises(NotFinite) as error:
+        train(smoke(num_steps=1), tmp_path)
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# the line"))
+    assert str(error.value) == f"step 1: invalid value (nan) encountered in log, at {__file__}:{line}, in __call__"
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_no_update_that_is_not_finite_is_allowed(tmp_path, log_every):
+    with pytest.raises(NotFinite, match="from step 2 on, more than config.max_skipped 0 updates in a row"):
+        train(smoke(num_steps=4, max_skipped=0, log_every=log_every, optimizer__learning_rate=float("nan")), tmp_path)
 
 
 def test_bfloat16_computes_while_parameters_stay_float32(tmp_path):

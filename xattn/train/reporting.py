@@ -123,8 +123,8 @@ class Reporter:
         if row["skipped_in_a_row"] > self._max_skipped:
             first = step - int(row["skipped_in_a_row"]) + 1
             raise NotFinite(
-                f"from step {first} on, more than config.max_skipped {self._max_skipped} updates in a row had a loss or "
-                "gradient that was not finite: lower the learning rate, or look at the data of these steps."
+                f"from step {first} on, more than config.max_skipped {self._max_skipped} updates in a row had a loss "
+                "or gradient that was not finite: lower the learning rate, or look at the data of these steps."
             )
 
     def _write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
