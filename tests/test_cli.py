@@ -36,7 +36,7 @@ def refused(capsys, *arguments: str) -> str:
     "arguments, sentence",
     [
         (["--config.model.scal=1"], "config.model has no key 'scal': did you mean 'scale'?"),
-        (["--config.modle.scale=1"], "config has no key 'modle': did you mean 'model'?"),
+        (["--config.modell.scale=1"], "config has no key 'modell': did you mean 'model'?"),
         (["--config.num_steps=many"], "--config.num_steps=many"),
         (["--config.optimizer.name=adan"], "there is no optimizer 'adan': did you mean 'adam'?"),
         (["--config.data.name=glyph"], "there is no data source 'glyph': did you mean 'glyphs'?"),

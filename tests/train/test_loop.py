@@ -123,20 +123,15 @@ def test_eight_devices_train_as_one(tmp_path):
         np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one"), rtol=1e-5)
 
 
-def test_a_run_may_change_between_jit_and_pmap(tmp_path):
+def test_a_run_may_go_on_under_pmap(tmp_path):
     common = dict(num_steps=6, pipeline__batch_size=8, ema_decay=0.9)
     train(smoke(**common), tmp_path / "jit")
     assert len(losses(tmp_path / "jit")) == 6
-    for modes in (("jit", "pmap"), ("pmap", "jit")):
-        workdir = tmp_path / "_".join(modes)
-        train(smoke(**common | dict(num_steps=3, mode=modes[0], mesh__data=8)), workdir)
-        train(smoke(**common, mode=modes[1], mesh__data=8), workdir)
-        np.testing.assert_allclose(losses(workdir), losses(tmp_path / "jit"), rtol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            params(workdir),
-            params(tmp_path / "jit"),
-        )
+    train(smoke(**common | dict(num_steps=3)), tmp_path / "pmap")
+    train(smoke(**common, mode="pmap", mesh__data=8), tmp_path / "pmap")
+    np.testing.assert_allclose(losses(tmp_path / "pmap"), losses(tmp_path / "jit"), rtol=1e-5)
+    for one, other in zip(*(jax.tree.leaves(params(tmp_path / mode)) for mode in ("pmap", "jit")), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_an_axis_name_is_for_pmap_alone(tmp_path):
@@ -150,15 +145,14 @@ def test_a_step_that_takes_too_long_tells_where_it_is(tmp_path, monkeypatch, cap
 
     def stuck(*args, **kwargs):
         for index, batch in enumerate(stream(*args, **kwargs)):
-            while "num_steps" in kwargs and index == 1 and "Timeout" not in "".join(told):
+            while "num_steps" in kwargs and index == 1 and "in stuck" not in "".join(told):
                 time.sleep(0.01)
                 told.append(capfd.readouterr().err)
             yield batch
 
     monkeypatch.setattr(data, "batches", stuck)
     train(smoke(num_steps=3, watchdog_seconds=0.5), tmp_path)
-    assert re.search(r"Thread .* \(most recent call first\)", "".join(told))
-    assert "in stuck" in "".join(told) + capfd.readouterr().err
+    assert re.search(r"Timeout .*\n(.*\n)*Thread .* \(most recent call first\)", "".join(told))
     assert len(losses(tmp_path)) == 3  # it ended nothing
 
 
@@ -166,7 +160,7 @@ def test_debug_nans_names_the_line_that_made_one(tmp_path, monkeypatch):
     class Breaks(fewshot.FewShot):
         def __call__(self, *args, **kwargs):
             loss, metrics, state = super().__call__(*args, **kwargs)
-            return jnp.log(-loss), metrics, state  # the line
+            return loss, metrics | {"loss": jnp.log(-loss)}, state  # the line
 
     monkeypatch.setitem(tasks.TASKS, "fewshot", Breaks)
     with jax.debug_nans(True), pytest.raises(NotFinite) as error:
