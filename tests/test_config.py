@@ -306,7 +306,8 @@ def test_hash_depends_on_values_not_on_order():
 
 def test_differing_keys_ignores_what_a_continued_run_may_change_and_nothing_else():
     old = load_config("qsformer/glyphs")
-    allowed = {"num_steps", "mesh", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code"}
+    allowed = {"num_steps", "mesh", "mode", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code"}
+    allowed |= {"watchdog_seconds"}
     assert set(RESUMABLE) == allowed
 
     def changed(node):

@@ -102,13 +102,15 @@ def _underscores(argument: str) -> str:
 def _train(arguments: list[str]) -> int:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "the run's folder (default: runs/NAME)", flag_values=values)
+        flags.DEFINE_bool("debug_nans", False, "stop at the first NaN and say where it was made", flag_values=values)
         _define_processes(values)
 
     values, name, config = _parse(define, arguments, takes_config=True)
     distributed.start(values.coordinator, values.num_processes, values.process_id)
     workdir = Path(values.workdir or f"runs/{name.replace('.py', '').strip('/').replace('/', '_').replace(':', '_')}")
     try:
-        train.train(config, workdir)
+        with jax.debug_nans(values.debug_nans):
+            train.train(config, workdir)
     except train.Preempted as stopped:
         print(stopped)
         distributed.leave(config.preempt_exit_code)  # while evaluating, the others may not have been asked to stop

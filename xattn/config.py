@@ -32,7 +32,7 @@ RESUMABLE = (
     "log_every",
     "checkpoint",
     "preempt_exit_code",
-    "step_limit",
+    "watchdog_seconds",
 )
 
 
@@ -58,14 +58,14 @@ class Keys(NamedTuple):
     evals: Mapping[str, Mapping[str, Any]]
     init_from: Mapping[str, Any]
     mode: str
-    step_limit: float
+    watchdog_seconds: float
 
 
 # What every run has and few change: a config need not give it.
 DEFAULTS = {
     "init_from": {"workdir": "", "step": "best", "take": (), "rename": {}, "fresh": ()},
     "mode": "jit",
-    "step_limit": 1800.0,
+    "watchdog_seconds": 1800.0,
 }
 
 # The least and the largest value of numbers of a config, and of a mapping's own.
@@ -80,7 +80,7 @@ _RANGES = {
     "checkpoint.keep": (1, math.inf),
     "validation.every": (1, math.inf),
     "preempt_exit_code": (0, 255),
-    "step_limit": (0, math.inf),
+    "watchdog_seconds": (0, math.inf),
 }
 
 

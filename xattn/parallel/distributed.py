@@ -99,7 +99,10 @@ def start(
             **known, initialization_timeout=initialization_timeout, heartbeat_timeout_seconds=heartbeat_timeout
         )
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{where}: the processes did not find each other: {' '.join(str(error).split())}") from error
+        raise UsageError(
+            f"{where}: the processes did not find each other: {' '.join(str(error).split())} If this goes on, give "
+            f"{', '.join(flags)}."
+        ) from error
 
 
 class PeerLost(RuntimeError):

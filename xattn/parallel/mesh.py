@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from xattn.config import UsageError
 
@@ -180,19 +181,23 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     """
     if mesh.empty:
         return 0, 1
-    replicas = np.arange(num_replicas(mesh)).reshape(*mesh.devices.shape[:2], 1, 1)
-    rows: dict[int, set[int]] = {process: set() for process in range(jax.process_count())}
-    for device, replica in zip(mesh.devices.flat, np.broadcast_to(replicas, mesh.devices.shape).flat, strict=True):
-        rows[device.process_index].add(int(replica))
-    size = len(rows[0])
-    parts = [list(range(begin, begin + size)) for begin in range(0, num_replicas(mesh), size or 1)]
-    if any(sorted(held) not in parts for held in rows.values()):
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(num_replicas(mesh), -1)
+    part = part_of(jax.process_index(), owners, jax.process_count())
+    if part is None:
         raise UsageError(
             f"config.mesh {dict(mesh.shape)} does not fit {jax.process_count()} processes with "
             f"{jax.local_device_count()} devices each: use every device, and let `data` x `fsdp` split evenly over "
             "the processes, or `tensor` x `sequence` be a multiple of a process's devices."
         )
-    return parts.index(sorted(rows[jax.process_index()])), len(parts)
+    return part
+
+
+def part_of(process: int, owners: Int[np.ndarray, "replicas devices"], num_processes: int) -> tuple[int, int] | None:
+    """`row_share` for one process, from the owner of each device; None where not every process has an equal part."""
+    rows = [np.flatnonzero((owners == owner).any(1)).tolist() for owner in range(num_processes)]
+    size = len(rows[0])
+    parts = [list(range(begin, begin + size)) for begin in range(0, len(owners), size or 1)]
+    return (parts.index(rows[process]), len(parts)) if all(held in parts for held in rows) else None
 
 
 def local_rows(array: Any) -> np.ndarray:

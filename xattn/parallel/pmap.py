@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.core import ShapedArray
 from jax.sharding import Mesh
 
 from xattn.config import UsageError
+from xattn.parallel.mesh import shard_batch
 
 AXIS = "data"
 
@@ -30,7 +32,7 @@ def check_mesh(mesh: Mesh) -> None:
 def lower(step: Callable, state: Any, batch: Mapping[str, Any], key: jax.Array, mesh: Mesh) -> Any:
     """The program of `step(state, batch, key)`, made for the axis `AXIS`, on every device of the mesh.
 
-    Compiled, it takes a whole state (and gives it away) and a batch from `split_rows`.
+    Compiled, it takes a whole state (and gives it away) and a batch that is placed by `shard_by_device`.
 
     Args:
       step: from `make_train_step`.
@@ -41,8 +43,11 @@ def lower(step: Callable, state: Any, batch: Mapping[str, Any], key: jax.Array, 
     mapped = jax.pmap(
         step, AXIS, in_axes=(None, 0, None), out_axes=None, devices=list(mesh.devices.flat), donate_argnums=0
     )
+    # Called, or lowered for anything but `ShapedArray`, pmap takes and gives what one process has; for these, as jit
+    # does, arrays over the devices of all processes.
+    state = jax.tree.map(lambda leaf: ShapedArray(leaf.shape, leaf.dtype), state)
     rows = {
-        name: jax.ShapeDtypeStruct((len(mesh.local_devices), leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
+        name: ShapedArray((mesh.size, leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
         for name, leaf in batch.items()
     }
     # A device that works alone has no mesh to split its arrays over.
@@ -50,7 +55,7 @@ def lower(step: Callable, state: Any, batch: Mapping[str, Any], key: jax.Array, 
         return mapped.lower(state, rows, key)
 
 
-def split_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
-    """This process's rows [B, ...] of a batch by device: [devices, B / devices, ...]."""
+def shard_by_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows [B, ...] of a batch on the mesh by device: [devices, B / devices, ...]."""
     devices = len(mesh.local_devices)
-    return {name: rows.reshape(devices, -1, *rows.shape[1:]) for name, rows in batch.items()}
+    return shard_batch({name: rows.reshape(devices, -1, *rows.shape[1:]) for name, rows in batch.items()}, mesh)

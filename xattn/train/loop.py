@@ -4,11 +4,13 @@ Position in the data, random numbers and the schedule are functions of the step 
 stopped at any moment continues, bit for bit, from its latest checkpoint: start the same command again.
 """
 
+import faulthandler
 import hashlib
 import json
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -27,7 +29,7 @@ from xattn.parallel import distributed, pmap
 from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, row_share, shard_batch, use_mesh
 from xattn.train.init_from import InitFrom, fit_pretrained, load_pretrained, start_from
 from xattn.train.optim import make_optimizer
-from xattn.train.reporting import Reporter
+from xattn.train.reporting import NotFinite, Reporter
 from xattn.train.state import abstract_state
 from xattn.train.step import make_train_step
 
@@ -116,17 +118,19 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             with (
                 Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
                 _asked_to_stop() as stop_after,
+                _watchdog(config.watchdog_seconds) as turn,
             ):
                 for note in notes:
                     report.say(f"not sharded: {note}")
                 report.say(_summary(config, state, mesh, workdir, start))
 
-                # The step, compiled ahead so that its time is told apart from the training's.
-                compiled = lowered.compile()
+                # The step, compiled ahead so that its time is told apart from the training's. What looks for NaNs runs
+                # it again, operation by operation, which the compiled one can't.
+                update = step_fn if jax.config.jax_debug_nans else lowered.compile()
                 report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
                 # The loop: update, log, validate, save.
-                place = pmap.split_rows if mapped else shard_batch
+                place = pmap.shard_by_device if mapped else shard_batch
                 batches = data.batches(
                     source,
                     pipeline,
@@ -136,7 +140,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                     process_count=hosts,
                 )
                 for step, batch in enumerate(batches, start=start + 1):
-                    state, metrics = compiled(state, place(batch, mesh), key)
+                    turn()
+                    with _nans_placed(step):
+                        state, metrics = update(state, place(batch, mesh), key)
                     last, stopping = step == config.num_steps, stop_after(step)
                     if step % config.log_every == 0 or last:
                         report.train_row(step, metrics)
@@ -159,9 +165,11 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
 def _check_mode(config: Config, mesh: Any) -> None:
     """Raises `UsageError` for an unknown mode, or a mesh or a model that is not made for it."""
-    lookup({"jit": None, "pmap": None}, config.mode, "config.mode")
+    lookup({"jit": None, "pmap": None}, config.mode, "mode")
     if config.mode == "pmap":
         pmap.check_mesh(mesh)
+        if jax.config.jax_debug_nans:
+            raise UsageError("--debug-nans looks into the step of the mode 'jit': leave config.mode out.")
         return
     named = [
         f"config.model.{path}"
@@ -236,6 +244,35 @@ def _asked_to_stop() -> Iterator[Callable[[int], bool]]:
         stop = threading.Event()
         with _on_sigterm(lambda *_: stop.set()):
             yield lambda step: stop.is_set()
+
+
+@contextmanager
+def _nans_placed(step: int) -> Iterator[None]:
+    """Turns what `jax_debug_nans` raises into `NotFinite`, with the line of our code that made the NaN."""
+    try:
+        yield
+    except FloatingPointError as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+        where = f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}"
+        raise NotFinite(f"step {step}: {str(error).splitlines()[0]}, at {where}") from error
+
+
+@contextmanager
+def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
+    """Gives what to call at every turn of a loop: with no call for `seconds`, the stacks of all threads go to stderr.
+
+    It ends nothing: what is slow goes on. 0 seconds turn it off.
+    """
+
+    def turn() -> None:
+        if seconds:
+            faulthandler.dump_traceback_later(seconds, file=2)  # not sys.stderr, which may be no file
+
+    try:
+        turn()
+        yield turn
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

@@ -119,13 +119,15 @@ class Reporter:
         self._show_progress(step, row)
         if row["skipped"] > self._skipped:
             self._skipped = row["skipped"]
-            logging.warning(
-                "up to step %d, %d updates were left out: loss or gradient not finite", step, row["skipped"]
-            )
+            if self._writes:
+                logging.warning(
+                    "up to step %d, %d updates were left out: loss or gradient not finite", step, row["skipped"]
+                )
         if row["skipped_in_a_row"] > self._max_skipped:
+            first = step - int(row["skipped_in_a_row"]) + 1
             raise NotFinite(
-                f"the last {int(row['skipped_in_a_row'])} updates up to step {step} had a loss or gradient that was "
-                "not finite: lower the learning rate, or look at the data of these steps."
+                f"from step {first} on, more than config.max_skipped {self._max_skipped} updates in a row had a loss "
+                "or gradient that was not finite: lower the learning rate, or look at the data of these steps."
             )
 
     def _write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:

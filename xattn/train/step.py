@@ -37,8 +37,8 @@ def make_train_step(
       accumulate_steps: microbatches a step; gradients and metrics are their means, so a step equals one
         on the whole batch for losses that are means over examples of equal weight.
       ema_decay: of the parameters' moving average; 0 keeps none.
-      max_skipped: more updates than these in a row that are not finite stay counted when a finite one follows, so
-        that whoever looks only now and then sees them. None forgets them.
+      max_skipped: after more steps than these in a row that are not finite none changes anything, so that a run whose
+        counters are looked at only now and then stops where it went wrong. None goes on.
       axis_name: mapped axis (pmap, shard_map) whose replicas each have their rows of the batch. Gradients, metrics and
         running statistics are averaged over it, so a step is that without it on the whole batch, for the same
         losses as above; but each replica draws its own random numbers, and BatchNorm needs the name too.
@@ -94,15 +94,16 @@ def make_train_step(
         ema = jax.tree.map(
             lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params if ema_decay else {}
         )
-        too_many = state.skipped_in_a_row > (jnp.inf if max_skipped is None else max_skipped)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        if max_skipped is not None:
+            finite &= state.skipped_in_a_row <= max_skipped
         updated = replace(state, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
         new = jax.tree.map(lambda good, old: jnp.where(finite, good, old), updated, state)
         new = replace(
             new,
             step=state.step + 1,
             skipped=state.skipped + ~finite,
-            skipped_in_a_row=jnp.where(finite & ~too_many, 0, state.skipped_in_a_row + ~finite),
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         metrics |= {
             "learning_rate": jnp.asarray(schedule(state.step)),
