@@ -47,7 +47,7 @@ class ClassFolders:
     name = "class_folders"
     groups = None
 
-    def __init__(self, root: str | os.PathLike, split: str, image_size: int = 84, augment: bool = False):
+    def __init__(self, root: str | os.PathLike = "", split: str = "train", image_size: int = 84, augment: bool = False):
         check_split(self.name, split)
         root = check_root(root)
         names = _class_names(root, split)
