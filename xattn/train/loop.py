@@ -52,7 +52,7 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
     """
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
-    distributed.check_same("the start", _by_key(config))
+    distributed.check_same("the start", {**_by_key(config), "--workdir": str(workdir)})
     mesh = make_mesh(**config.mesh)
     _check_mode(config, mesh, debug_nans)
     mapped = config.mode == "pmap"
@@ -75,10 +75,10 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
         task,
         optimizer,
         schedule,
-        config.accumulate_steps,
-        config.ema_decay,
-        config.max_skipped,
-        pmap.AXIS if mapped else None,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+        max_skipped=config.max_skipped,
+        axis_name=pmap.AXIS if mapped else None,
     )
     key = jax.random.key(config.seed)
 
