@@ -123,8 +123,8 @@ def disagree(folder: str) -> None:
     with pytest.raises(UsageError) as error:
         train(config, workdir)
     said.append(str(error.value))
-    assert not workdir.exists()
     if index == 0:
+        assert not workdir.exists()
         workdir.mkdir()
         (workdir / "thesis.tex").touch()
     loop.make_train_step = make
