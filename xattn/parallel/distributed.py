@@ -133,7 +133,7 @@ def exchange(place: str, text: str, timeout: int = 600) -> list[str]:
     except RuntimeError as error:
         raise PeerLost(
             f"process {jax.process_index()} waited at '{place}' for up to {timeout} s, but not every process of the "
-            f"{jax.process_count()} came: {' '.join(str(error).split())}"
+            f"{jax.process_count()} came: {' '.join(str(error).split()).partition(' RPC:')[0]}"
         ) from error
     told = {int(path.rpartition("/")[2]): value for path, value in client.key_value_dir_get(key)}
     return [told[index] for index in range(jax.process_count())]

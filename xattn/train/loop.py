@@ -207,6 +207,7 @@ def _validate(config: Config, model: Any, state: Any) -> dict[str, float]:
 def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -> str:
     count = sum(np.prod(leaf.shape, dtype=int) for leaf in jax.tree.leaves(state.params))
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
+    shape += f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     where = f"continues at step {start}" if start else "starts"
     batch = config.pipeline.batch_size
     per_replica = batch // (num_replicas(mesh) * config.accumulate_steps)
