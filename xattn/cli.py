@@ -109,8 +109,7 @@ def _train(arguments: list[str]) -> int:
     distributed.start(values.coordinator, values.num_processes, values.process_id)
     workdir = Path(values.workdir or f"runs/{name.replace('.py', '').strip('/').replace('/', '_').replace(':', '_')}")
     try:
-        with jax.debug_nans(values.debug_nans):
-            train.train(config, workdir)
+        train.train(config, workdir, values.debug_nans)
     except train.Preempted as stopped:
         print(stopped)
         distributed.leave(config.preempt_exit_code)  # while evaluating, the others may not have been asked to stop

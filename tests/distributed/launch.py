@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,12 @@ def _main() -> None:
         meeting["coordinator"], int(meeting["num-processes"]), int(meeting["process-id"]), heartbeat_timeout=10
     )
     module, _, function = program.partition(":")
-    getattr(importlib.import_module(module), function)(*words)
+    try:
+        getattr(importlib.import_module(module), function)(*words)
+    except Exception:
+        traceback.print_exc()
+        distributed.leave(1)  # the others would wait for it
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ def started(monkeypatch):
     "environment, several",
     [
         ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, True),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),  # in salloc's shell, not in a task of srun
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-2]"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False),  # in a batch script, not in a task of srun
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, True),
@@ -48,7 +48,7 @@ def test_a_tpu_host_asks_unless_it_is_told_not_to(started, monkeypatch):
 
 
 def test_flags_go_before_the_environment(started):
-    start("10.0.0.1:99", 2, 1, heartbeat_timeout=7, environment={"SLURM_NTASKS": "8", "SLURM_PROCID": "3"})
+    start("10.0.0.1:99", 2, 1, heartbeat_timeout=7, environment={"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n"})
     assert started == [
         {
             "coordinator_address": "10.0.0.1:99",

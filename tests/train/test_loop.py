@@ -162,8 +162,8 @@ def test_debug_nans_names_the_line_that_made_one(tmp_path, monkeypatch):
             return loss, metrics | {"loss": jnp.log(-loss)}, state  # the line
 
     monkeypatch.setitem(tasks.TASKS, "fewshot", Breaks)
-    with jax.debug_nans(True), pytest.raises(NotFinite) as error:
-        train(smoke(num_steps=1), tmp_path)
+    with pytest.raises(NotFinite) as error:
+        train(smoke(num_steps=1), tmp_path, debug_nans=True)
     line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# the line"))
     assert str(error.value) == f"step 1: invalid value (nan) encountered in log, at {__file__}:{line}, in __call__"
 

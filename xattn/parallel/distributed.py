@@ -41,7 +41,8 @@ CLUSTERS: dict[str, Callable[[Environment], bool]] = {
         "," in environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))
     ),
     "TPU slices": _more_than_one("MEGASCALE_NUM_SLICES"),
-    "Slurm": lambda environment: "SLURM_PROCID" in environment and _more_than_one("SLURM_NTASKS")(environment),
+    # Only srun gives the nodes of its step: a batch script's own shell stands for no task.
+    "Slurm": lambda environment: "SLURM_STEP_NODELIST" in environment and _more_than_one("SLURM_NTASKS")(environment),
     "Open MPI": _more_than_one("OMPI_COMM_WORLD_SIZE"),
     "Kubernetes": lambda environment: "JOB_COMPLETION_INDEX" in environment,
 }
@@ -132,7 +133,7 @@ def exchange(place: str, text: str, timeout: int = 600) -> list[str]:
     except RuntimeError as error:
         raise PeerLost(
             f"process {jax.process_index()} waited at '{place}' for up to {timeout} s, but not every process of the "
-            f"{jax.process_count()} came: {' '.join(str(error).split())}"
+            f"{jax.process_count()} came: {' '.join(str(error).split()).partition(' RPC:')[0]}"
         ) from error
     told = {int(path.rpartition("/")[2]): value for path, value in client.key_value_dir_get(key)}
     return [told[index] for index in range(jax.process_count())]

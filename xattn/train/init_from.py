@@ -112,9 +112,10 @@ def start_from(pretrained: Mapping[str, Any], state: TrainState) -> TrainState:
     def filled(tree: Any, collection: str) -> Any:
         leaves: dict[str, Any] = flatten_dict(tree, sep="/")
         for name, leaf in leaves.items():
-            new = pretrained.get(f"{collection}/{name}", leaf)
-            # A step gives its arrays away, so none may be two leaves at once.
-            leaves[name] = jax.device_put(new.astype(leaf.dtype), leaf.sharding, may_alias=False)
+            if (new := pretrained.get(f"{collection}/{name}")) is not None:
+                # Not from a device: it would be this process's alone. A step gives its arrays away, so none may be
+                # two leaves at once.
+                leaves[name] = jax.device_put(np.asarray(new, leaf.dtype), leaf.sharding, may_alias=False)
         return unflatten_dict(leaves, sep="/")
 
     return replace(

@@ -38,25 +38,26 @@ class Preempted(Exception):
     """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
-def train(config: Config, workdir: Path) -> dict[str, Any]:
+def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, Any]:
     """Trains, or continues, the run of `config` in `workdir`; returns the results of its evaluations.
 
     Args:
       config: as one of `configs/` gives it.
       workdir: is created, or continued if it holds the same experiment.
+      debug_nans: stop at the first NaN and say which line made it; steps are slower.
 
     Raises:
       UsageError: something in the config, the data or the workdir that the user can put right.
-      NotFinite: more than `config.max_skipped` updates in a row were not finite.
+      NotFinite: more than `config.max_skipped` updates in a row were not finite, or a NaN with `debug_nans`.
       Preempted: after SIGTERM, once a checkpoint is written, or while evaluating.
     """
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
-    distributed.check_same("the start", _by_key(config))
+    distributed.check_same("the start", {**_by_key(config), "--workdir": str(workdir)})
     check_config(config)
     check_options(config.mesh.to_dict(), make_mesh, "config.mesh")
     mesh = make_mesh(**config.mesh)
-    _check_mode(config, mesh)
+    _check_mode(config, mesh, debug_nans)
     mapped = config.mode == "pmap"
     batch_size = config.pipeline.batch_size
     check_batch(batch_size, config.accumulate_steps, mesh)
@@ -81,10 +82,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         task,
         optimizer,
         schedule,
-        config.accumulate_steps,
-        config.ema_decay,
-        config.max_skipped,
-        pmap.AXIS if mapped else None,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+        max_skipped=config.max_skipped,
+        axis_name=pmap.AXIS if mapped else None,
     )
     key = jax.random.key(config.seed)
 
@@ -124,9 +125,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                     report.say(f"not sharded: {note}")
                 report.say(_summary(config, state, mesh, workdir, start))
 
-                # The step, compiled ahead so that its time is told apart from the training's. What looks for NaNs runs
-                # it again, operation by operation, which the compiled one can't.
-                update = step_fn if jax.config.jax_debug_nans else lowered.compile()
+                # The step, compiled ahead so that its time is told apart from the training's.
+                update = _naming_nans(jax.jit(train_step)) if debug_nans else lowered.compile()
                 report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
                 # The loop: update, log, validate, save.
@@ -141,8 +141,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 )
                 for step, batch in enumerate(batches, start=start + 1):
                     turn()
-                    with _nans_placed(step):
-                        state, metrics = update(state, place(batch, mesh), key)
+                    state, metrics = update(state, place(batch, mesh), key)
                     last, stopping = step == config.num_steps, stop_after(step)
                     if step % config.log_every == 0 or last:
                         report.train_row(step, metrics)
@@ -163,12 +162,12 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             return evals.evaluate_workdir(workdir)
 
 
-def _check_mode(config: Config, mesh: Any) -> None:
+def _check_mode(config: Config, mesh: Any, debug_nans: bool) -> None:
     """Raises `UsageError` for an unknown mode, or a mesh or a model that is not made for it."""
     lookup({"jit": None, "pmap": None}, config.mode, "mode")
     if config.mode == "pmap":
         pmap.check_mesh(mesh)
-        if jax.config.jax_debug_nans:
+        if debug_nans:
             raise UsageError("--debug-nans looks into the step of the mode 'jit': leave config.mode out.")
         return
     named = [
@@ -210,6 +209,7 @@ def _validate(config: Config, model: Any, state: Any) -> dict[str, float]:
 def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -> str:
     count = sum(np.prod(leaf.shape, dtype=int) for leaf in jax.tree.leaves(state.params))
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
+    shape += f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     where = f"continues at step {start}" if start else "starts"
     batch = config.pipeline.batch_size
     per_replica = batch // (num_replicas(mesh) * config.accumulate_steps)
@@ -246,15 +246,22 @@ def _asked_to_stop() -> Iterator[Callable[[int], bool]]:
             yield lambda step: stop.is_set()
 
 
-@contextmanager
-def _nans_placed(step: int) -> Iterator[None]:
-    """Turns what `jax_debug_nans` raises into `NotFinite`, with the line of our code that made the NaN."""
-    try:
-        yield
-    except FloatingPointError as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-        where = f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}"
-        raise NotFinite(f"step {step}: {str(error).splitlines()[0]}, at {where}") from error
+def _naming_nans(step_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, which raises `NotFinite` with the line of our code that made a NaN.
+
+    jax finds it by running the step again, operation by operation: `step_fn` must not give its arguments away.
+    """
+
+    def update(state: Any, *rest: Any) -> Any:
+        try:
+            with jax.debug_nans(True):
+                return step_fn(state, *rest)
+        except FloatingPointError as error:
+            frames = [x for x in traceback.extract_tb(error.__traceback__) if "site-packages" not in x.filename]
+            where = f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}"
+            raise NotFinite(f"step {int(state.step) + 1}: {str(error).splitlines()[0]}, at {where}") from error
+
+    return update
 
 
 @contextmanager
