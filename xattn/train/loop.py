@@ -70,8 +70,9 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
-    for where, spec in _evaluations(config).items():
-        evals.check(spec, model, config, where)
+    with _misfits_named():
+        for where, spec in _evaluations(config).items():
+            evals.check(spec, model, config, where)
     given = None  # the weights of another run, if this one starts from them
     check_options(config.init_from.to_dict(), InitFrom, "config.init_from")
     init_from = InitFrom(**config.init_from.to_dict())
