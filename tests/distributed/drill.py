@@ -294,7 +294,9 @@ def full_disk(folder: Path, count: int) -> str:
             running = start(workdir, 12, wide, limit=None if on_disk else 24_000)
             assert launch.finish(running, BOUNDED) == [2], said(running)
             assert running[0].printed().count("can't be written to") == 1, said(running)
-            assert "Traceback" not in running[0].printed(), said(running)
+            # TensorStore may print tracebacks of writes that failed besides; none of them is of our code.
+            assert running[0].printed().splitlines()[-1].startswith("xattn train: "), said(running)
+            assert "xattn/" not in running[0].printed(), said(running)
             assert set(checkpoints(workdir)) >= set(before[-1:])
             (disk / "fill").unlink(missing_ok=True)
             finish(workdir, 12, wide)
