@@ -24,7 +24,7 @@ from xattn.evals.flow_picture import draw_flow
 from xattn.evals.masked_language import check_masked_language, describe_masked_language, masked_language
 from xattn.evals.optical_flow import check_optical_flow, describe_optical_flow, optical_flow
 from xattn.models import build
-from xattn.parallel.distributed import exchange, first
+from xattn.parallel.distributed import check_same, exchange, first
 from xattn.parallel.mesh import evaluation_mesh, replicate, use_mesh
 
 
@@ -92,9 +92,10 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
       only: the name of one evaluation, or None for all.
 
     Raises:
-      UsageError: no run, no checkpoint, no such evaluation.
+      UsageError: no run, no checkpoint, no such evaluation, or processes that were asked for different ones.
       PeerLost: another process did not come to the end of the evaluation.
     """
+    check_same("the evaluation", {"--workdir": str(workdir), "--step": str(step), "--only": str(only)})
     config = read_config(workdir)
     specs = config.evals.to_dict()
     if only is not None:
