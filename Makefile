@@ -12,7 +12,7 @@ help:
 	@echo "make train    install, train QSFormer and ProtoNet on glyphs, compare them (minutes on two cores)"
 	@echo "make test     install, run the whole test suite"
 	@echo "make test-fast  the same without the slow tests"
-	@echo "make drill    kill a run at 20 random moments and check that nothing changes"
+	@echo "make drill    break runs in every way that machines do, and check that nothing is lost (40 minutes)"
 	@echo "make lint     ruff and pyright"
 	@echo "make colabs   run the notebooks from top to bottom"
 	@echo "make parity   compare with torch, in an environment of its own (make parity-env)"
@@ -40,7 +40,7 @@ test-fast: install
 	$(BIN)/pytest -n 2 --dist worksteal -q -m 'not slow and not parity'
 
 drill: install
-	$(BIN)/python tests/train/drill.py --runs=20
+	$(BIN)/python -m tests.distributed.drill
 
 lint: install
 	$(BIN)/ruff check .

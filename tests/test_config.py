@@ -1,6 +1,9 @@
 """Configs from a user's side: what may be typed, what is refused and how, what survives a file."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flax import linen as nn
@@ -11,7 +14,9 @@ from xattn.config import (
     RESUMABLE,
     UsageError,
     cache_dir,
+    check_config,
     check_keys,
+    check_options,
     check_variant,
     config_hash,
     config_names,
@@ -226,6 +231,73 @@ def test_a_loaded_config_has_fixed_keys(config_file):
         config.model.depth = 3
 
 
+def constructor(
+    given,
+    *,
+    count: int,
+    rate: float = 0.5,
+    on: bool = False,
+    sizes: tuple[int, ...] = (1,),
+    pair: tuple[int, float] | None = None,
+    parts: Mapping[str, str] = {},
+    anything: Any = None,
+) -> None: ...
+
+
+def test_options_of_the_annotated_types_are_allowed():
+    for options in (
+        dict(count=3),
+        dict(count=-3, rate=1, on=True, sizes=(), pair=(1, 2), parts=dict(a="b"), anything=object()),
+        dict(count=0, rate=1e-3, sizes=[4, 5], pair=None),
+    ):
+        check_options(options, constructor, "config.x", ("given",))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(), "config.x has no 'count', which it needs: give a whole number."),
+        (dict(count=1, given=2), "config.x has no key 'given': the program sets it."),
+        (dict(count=1, rates=2), "config.x has no key 'rates': did you mean 'rate'?"),
+        (dict(count=1.0), "config.x.count is 1.0: give a whole number."),
+        (dict(count=True), "config.x.count is True: give a whole number."),
+        (dict(count=2**31), "config.x.count is 2147483648: give a whole number."),
+        (dict(count=1, rate=float("inf")), "config.x.rate is inf: give a number."),
+        (dict(count=1, rate="fast"), "config.x.rate is 'fast': give a number."),
+        (dict(count=1, on=1), "config.x.on is 1: give True or False."),
+        (dict(count=1, sizes=(1, "a")), "config.x.sizes is (1, 'a'): give (some of: a whole number)."),
+        (dict(count=1, sizes=3), "config.x.sizes is 3: give (some of: a whole number)."),
+        (dict(count=1, pair=(1,)), "config.x.pair is (1,): give (2 of: a whole number, a number) or None."),
+        (dict(count=1, parts=dict(a=1)), "config.x.parts is a mapping: give a mapping of text."),
+    ],
+)
+def test_other_options_are_one_sentence(options, sentence):
+    with pytest.raises(UsageError) as error:
+        check_options(options, constructor, "config.x", ("given",))
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(num_steps=-1), "config.num_steps is -1: give a number at least 0"),
+        (dict(log_every=0), "config.log_every is 0: give a number at least 1"),
+        (dict(ema_decay=1.5), "config.ema_decay is 1.5: give a number from 0 to 1"),
+        (dict(checkpoint=dict(every=1)), "config.checkpoint has no 'keep'"),
+        (dict(checkpoint=dict(every=0, keep=1)), "config.checkpoint.every is 0"),
+        (dict(validation=dict(every=2)), "config.validation has no 'metric'"),
+        (dict(pipeline=dict()), "config.pipeline has no 'batch_size'"),
+        (dict(dtype="float8"), "there is no config.dtype 'float8'"),
+        (dict(optimiser=dict()), "config has no key 'optimiser': did you mean 'optimizer'?"),
+    ],
+)
+def test_a_runs_own_keys_are_checked(changes, words):
+    config = load_config("protonet/glyphs:smoke")
+    check_config(config)
+    with pytest.raises(UsageError, match=re.escape(words)):
+        check_config(ConfigDict(config.to_dict() | changes))
+
+
 # The configs that are there.
 
 
@@ -306,7 +378,8 @@ def test_hash_depends_on_values_not_on_order():
 
 def test_differing_keys_ignores_what_a_continued_run_may_change_and_nothing_else():
     old = load_config("qsformer/glyphs")
-    allowed = {"num_steps", "mesh", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code"}
+    allowed = {"num_steps", "mesh", "mode", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code"}
+    allowed |= {"watchdog_seconds"}
     assert set(RESUMABLE) == allowed
 
     def changed(node):

@@ -4,10 +4,12 @@ import functools
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags, logging
 
 from xattn import analysis, data, evals, models, tasks, train
@@ -16,6 +18,7 @@ from xattn.checkpoints import DamagedCheckpoint
 from xattn.config import UsageError, cache_compiled_programs, config_names, lookup, parse_config
 from xattn.data.prepare import PREPARATIONS
 from xattn.interop.convert import convert
+from xattn.parallel import distributed
 
 USAGE = """usage: xattn VERB [--config=NAME[:VARIANT]] [--config.key=value ...] [flags]
 
@@ -46,10 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return VERBS[verb](arguments)
     except UsageError as error:
         print(f"xattn {verb}: {error}", file=sys.stderr)
-        return 2
-    except (train.NotFinite, DamagedCheckpoint) as error:
+        code = 2
+    except (train.NotFinite, DamagedCheckpoint, distributed.PeerLost) as error:
         print(f"xattn {verb}: {error}", file=sys.stderr)
-        return 1
+        code = 1
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    distributed.leave(code)
+    return code
 
 
 def _parse(
@@ -80,6 +90,12 @@ def _parse(
     return values, name, config
 
 
+def _define_processes(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("coordinator", None, "HOST:PORT where the processes of a run meet", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
+
+
 def _underscores(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return name[:2] + name[2:].replace("-", "_") + equals + value
@@ -88,13 +104,17 @@ def _underscores(argument: str) -> str:
 def _train(arguments: list[str]) -> int:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "the run's folder (default: runs/NAME)", flag_values=values)
+        flags.DEFINE_bool("debug_nans", False, "stop at the first NaN and say where it was made", flag_values=values)
+        _define_processes(values)
 
     values, name, config = _parse(define, arguments, takes_config=True)
+    distributed.start(values.coordinator, values.num_processes, values.process_id)
     workdir = Path(values.workdir or f"runs/{name.replace('.py', '').strip('/').replace('/', '_').replace(':', '_')}")
     try:
-        train.train(config, workdir)
+        train.train(config, workdir, values.debug_nans)
     except train.Preempted as stopped:
         print(stopped)
+        distributed.leave(config.preempt_exit_code)  # while evaluating, the others may not have been asked to stop
         return config.preempt_exit_code
     return 0
 
@@ -105,10 +125,12 @@ def _eval(arguments: list[str]) -> int:
         flags.DEFINE_string("against", None, "another run, compared on the same episodes", flag_values=values)
         flags.DEFINE_string("step", "best", "best, latest, or a number", flag_values=values)
         flags.DEFINE_string("only", None, "one of config.evals", flag_values=values)
+        _define_processes(values)
 
     values, *_ = _parse(define, arguments)
     if values.workdir is None:
         raise UsageError("give --workdir=DIR, the folder of a run.")
+    distributed.start(values.coordinator, values.num_processes, values.process_id)
     if values.against:
         evals.compare_workdirs(Path(values.workdir), Path(values.against), values.step, values.only)
     else:

@@ -5,12 +5,14 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -21,7 +23,65 @@ else:
     Config = ConfigDict
 
 # Keys that may change when a run is continued: they do not alter the steps already taken.
-RESUMABLE = ("num_steps", "mesh", "evals", "validation", "log_every", "checkpoint", "preempt_exit_code")
+RESUMABLE = (
+    "num_steps",
+    "mesh",
+    "mode",
+    "evals",
+    "validation",
+    "log_every",
+    "checkpoint",
+    "preempt_exit_code",
+    "watchdog_seconds",
+)
+
+
+class Keys(NamedTuple):
+    """What a run's config holds; docs/architecture.md says what each key means."""
+
+    model: Mapping[str, Any]
+    task: Mapping[str, Any]
+    data: Mapping[str, Any]
+    pipeline: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    num_steps: int
+    accumulate_steps: int
+    ema_decay: float
+    max_skipped: int
+    seed: int
+    dtype: str
+    mesh: Mapping[str, int]
+    log_every: int
+    checkpoint: Mapping[str, int]
+    preempt_exit_code: int
+    validation: Mapping[str, Any] | None
+    evals: Mapping[str, Mapping[str, Any]]
+    init_from: Mapping[str, Any]
+    mode: str
+    watchdog_seconds: float
+
+
+# What every run has and few change: a config need not give it.
+DEFAULTS = {
+    "init_from": {"workdir": "", "step": "best", "take": (), "rename": {}, "fresh": ()},
+    "mode": "jit",
+    "watchdog_seconds": 1800.0,
+}
+
+# The least and the largest value of numbers of a config, and of a mapping's own.
+_RANGES = {
+    "num_steps": (0, math.inf),
+    "accumulate_steps": (1, math.inf),
+    "ema_decay": (0, 1),
+    "max_skipped": (0, math.inf),
+    "seed": (0, math.inf),
+    "log_every": (1, math.inf),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "validation.every": (1, math.inf),
+    "preempt_exit_code": (0, 255),
+    "watchdog_seconds": (0, math.inf),
+}
 
 
 class UsageError(ValueError):
@@ -50,10 +110,120 @@ def check_keys(keys: Iterable[str], constructor: Callable, where: str, also: Seq
             raise UsageError(f"{where} has no key '{key}': {_nearest(key, known)}")
 
 
-def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+def check_options(
+    options: Mapping[str, Any], constructor: Callable, where: str, given: Sequence[str] = (), also: Sequence[str] = ()
+) -> None:
+    """Raises `UsageError` unless `constructor` can be called with `options`, by their names and annotated types.
+
+    Args:
+      options: keywords and their values.
+      constructor, where, also: see `check_keys`.
+      given: the keywords that the program itself passes, which `options` may not hold.
+    """
+    for key in options:
+        if key in given:
+            raise UsageError(f"{where} has no key '{key}': the program sets it.")
+    check_keys(options, constructor, where, also)
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        if name in ("parent", "name", *given) or parameter.kind not in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        ):
+            continue
+        if name not in options:
+            if parameter.default is parameter.empty:
+                raise UsageError(f"{where} has no '{name}', which it needs: give {_in_words(parameter.annotation)}.")
+        elif not _fits(options[name], parameter.annotation):
+            value = options[name]
+            held = "a mapping" if isinstance(value, Mapping) else f"{value!r}"[:60]
+            raise UsageError(f"{where}.{name} is {held}: give {_in_words(parameter.annotation)}.")
+
+
+def check_config(config: Config) -> None:
+    """Raises `UsageError` unless the keys of a run's config are those that there are, with values of their types.
+
+    What `model`, `task`, `data`, `pipeline`, `optimizer` and the evaluations hold is checked where it is built.
+    """
+    whole = config.to_dict()
+    check_options(whole, Keys, "config")
+    lookup(dict.fromkeys(_DTYPES), whole["dtype"], "config.dtype")
+    check_options(whole["checkpoint"], _checkpoint, "config.checkpoint")
+    for key, function in (("pipeline", _pipeline), ("validation", _validation)):
+        if key == "pipeline" or whole[key]:
+            own = {name: whole[key][name] for name in inspect.signature(function).parameters if name in whole[key]}
+            check_options(own, function, f"config.{key}")
+    for path, (least, largest) in _RANGES.items():
+        node: Any = whole
+        for key in path.split("."):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if node is not None and not (isinstance(node, int | float) and least <= node <= largest):
+            words = f"at least {least}" if largest == math.inf else f"from {least} to {largest}"
+            raise UsageError(f"config.{path} is {node!r}: give a number {words}.")
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _checkpoint(*, every: int, keep: int) -> None: ...
+
+
+def _pipeline(*, batch_size: int) -> None: ...
+
+
+def _validation(*, every: int, metric: str | None) -> None: ...
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a config is of the annotated type. Numbers are finite, and whole ones have 32 bits."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind in (Any, inspect.Parameter.empty):
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**31
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    if kind is os.PathLike:
+        return isinstance(value, str | os.PathLike)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str) and _fits(entry, arguments[1]) for key, entry in value.items()
+        )
+    return not inspect.isclass(kind) or isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_in_words(one) for one in arguments if one is not os.PathLike))
+    if origin is tuple:
+        number = "some" if arguments[1:] == (...,) else str(len(arguments))
+        return f"({number} of: {', '.join(dict.fromkeys(_in_words(one) for one in arguments if one is not ...))})"
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        return f"a mapping of {_in_words(arguments[1])}" if arguments[1] is not Any else "a mapping"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    named = inspect.isclass(kind) and kind not in (Any, inspect.Parameter.empty)
+    return f"the config of a {kind.__name__}" if named else "a value"
+
+
+def lookup(table: Mapping[str, Any], name: Any, what: str) -> Any:
     """`table[name]`, or a `UsageError` that names the nearest entry."""
-    if name not in table:
-        raise UsageError(f"there is no {what} '{name}': {_nearest(name, list(table))}")
+    if name is None:
+        raise UsageError(f"the {what} has no name: give one of {', '.join(table)}.")
+    if not isinstance(name, str) or name not in table:
+        raise UsageError(f"there is no {what} '{name}': {_nearest(str(name), list(table))}")
     return table[name]
 
 
@@ -117,7 +287,13 @@ def load_config(name: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(variant)
-    return config.lock()
+    return with_defaults(config).lock()
+
+
+def with_defaults(config: Config) -> Config:
+    """The config with those of `DEFAULTS` that it does not give."""
+    config.update({key: value for key, value in DEFAULTS.items() if key not in config})
+    return config
 
 
 def check_variant(arg: str, allowed: Sequence[str]) -> str:

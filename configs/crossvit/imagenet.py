@@ -3,7 +3,7 @@
 The folder is given by --config.data.root=DIR, in the layout of `xattn.data.imagenet`. The recipe is the paper's (table
 9): 300 epochs, batches of 4096, learning rate 0.004, 30 epochs of warm-up; three crops of an image in a row (repeated
 augmentation) for the models of 18 layers. Those of 408 pixels are fine-tuned for 30 epochs, without stochastic depth,
-from a run of 240 that --config.pretrained=WORKDIR names; their learning rate, which is not told, is ours.
+from a run of 240 that --config.init_from.workdir=WORKDIR names; their learning rate, which is not told, is ours.
 
 Deviations: the released code sets the learning rate once an epoch, from 1e-6, and its cosine counts the warm-up; ours
 changes with every step, from 0, and ends at the same 1e-5. That code warms up for 5 epochs and repeats the crops for
@@ -59,7 +59,6 @@ def get_config(arg: str = "") -> ConfigDict:
                 mixup_or_cutmix=dict(mixup_alpha=0.8, cutmix_alpha=1.0, switch_probability=0.5),
             ),
         ),
-        pretrained="",
         optimizer=dict(
             name="adamw",
             learning_rate=rate,

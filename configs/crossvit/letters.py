@@ -34,7 +34,6 @@ def get_config(arg: str = "") -> ConfigDict:
         data=dict(name="letters", jitter="default"),
         # A mirrored letter is another one: what changes the images here are the maps that they are drawn with.
         pipeline=dict(name="examples", batch_size=64, repeats=1, transforms=dict()),
-        pretrained="",
         optimizer=dict(
             name="adamw",
             learning_rate=1e-3,

@@ -1,6 +1,6 @@
 """CrossViT on smaller sets of images, from weights trained on ImageNet (arXiv 2103.14899, section 4.3).
 
-    xattn train --config=crossvit/transfer:cifar10 --config.pretrained=WORKDIR --config.data.root=DIR
+    xattn train --config=crossvit/transfer:cifar10 --config.init_from.workdir=WORKDIR --config.data.root=DIR
 
 WORKDIR is a run of `crossvit/imagenet`, or what `xattn convert timm_crossvit` wrote; config.model must be the same but
 for the classes (and the sizes of the images, whose positions are then interpolated). `folders` takes one's own images,

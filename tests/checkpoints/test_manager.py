@@ -130,16 +130,34 @@ def test_a_checkpoint_moves_between_meshes(opened):
     assert checkpoints.restore_model(5)["params"]["kernel"].devices() == {jax.devices()[0]}
 
 
+def test_other_floating_point_types_are_rounded_to_and_checked_before(opened, two_steps, tmp_path):
+    """float32 to bfloat16 and back to float32, on a mesh; what is no floating-point number stays what it is."""
+    mesh = make_mesh(2, 4)
+
+    def asked(x):
+        dtype = {jnp.dtype("float32"): jnp.bfloat16, jnp.dtype("bfloat16"): jnp.float32}.get(x.dtype, x.dtype)
+        spec = P("data", "fsdp") if x.shape == (64, 32) else P()
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    target = jax.tree.map(asked, items())
+    checkpoints = opened(workdir=two_steps, read_only=True)
+    _, model, training = checkpoints.restore_latest(*target)
+    assert_bits((model, training), jax.tree.map(lambda x, like: x.astype(like.dtype), items(2), target))
+    assert model["params"]["kernel"].sharding == target[0]["params"]["kernel"].sharding
+
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    flip(largest_data_file(workdir / "checkpoints" / "2"))
+    assert opened(workdir=workdir).restore_latest(*target)[0] == 1
+
+
 def test_other_arrays_than_the_models_are_told_apart_from_damage(opened, two_steps):
     """A checkpoint of another model, or of another version of it, is not moved away."""
     for change, words in (
         (lambda params: params.pop("half"), ["bfloat16[8, 2]", "model/params/half", "nothing"]),
         (lambda params: params.update(more=jnp.zeros(3)), ["nothing", "model/params/more", "float32[3]"]),
         (lambda params: params.update(kernel=jnp.zeros((64, 33))), ["float32[64, 32]", "float32[64, 33]"]),
-        (
-            lambda params: params.update(kernel=jnp.zeros((64, 32), jnp.bfloat16)),
-            ["float32[64, 32]", "bfloat16[64, 32]"],
-        ),
+        (lambda params: params.update(kernel=jnp.zeros((64, 32), jnp.int32)), ["float32[64, 32]", "int32[64, 32]"]),
     ):
         model, training = items()
         change(model["params"])
@@ -299,14 +317,14 @@ def test_a_step_that_is_damaged_twice_is_kept_twice(two_steps, tmp_path, opened)
 
 
 @leftovers
-@pytest.mark.parametrize("error", [MemoryError, PermissionError])
+@pytest.mark.parametrize("error", [MemoryError, PermissionError, jax.errors.JaxRuntimeError])
 def test_trouble_of_the_machine_is_not_taken_for_damage(error, two_steps, opened, monkeypatch):
     checkpoints = opened(workdir=two_steps, read_only=True)
 
     def fail(*args, **kwargs):
         raise error("not the checkpoint's fault")
 
-    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    monkeypatch.setattr(checkpoints._arrays["model"], "restore", fail)
     with pytest.raises(error):
         checkpoints.restore_latest(*map(abstract, items()))
     assert checkpoints.steps() == [1, 2]

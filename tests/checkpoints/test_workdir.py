@@ -1,6 +1,8 @@
 """A run's folder: whose it is, what may be loaded from it, and what is said when it may not."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 import xattn
 from xattn.checkpoints import Checkpoints, open_workdir, read_config
 from xattn.checkpoints.workdir import load_variables
-from xattn.config import Config, UsageError, config_hash, to_json, write_atomically
+from xattn.config import Config, UsageError, config_hash, to_json, with_defaults, write_atomically
 from xattn.models import Conv4
 
 
@@ -28,7 +30,13 @@ def config(**changes: object) -> Config:
         evals=dict(),
         mesh=dict(data=1),
     )
-    return Config(whole | changes)
+    return with_defaults(Config(whole | changes))
+
+
+def opened(workdir: Path, config: Config) -> None:
+    """What a run that does nothing leaves."""
+    with open_workdir(workdir, config):
+        pass
 
 
 def model_item(value: float, ema: float | None = None) -> dict:
@@ -58,36 +66,36 @@ def value(variables: dict) -> float:
 
 def test_a_new_workdir_holds_the_config_and_the_environment(tmp_path):
     workdir = tmp_path / "deep" / "run"
-    open_workdir(workdir, config())
+    opened(workdir, config())
     assert read_config(workdir).to_dict() == config().to_dict()
     assert (workdir / "config.json").read_text() == to_json(config())
     environment = json.loads((workdir / "env.json").read_text())
     assert environment["config_hash"] == config_hash(config())
     assert environment["jax"] == jax.__version__
     assert len(environment["devices"]) == jax.device_count()
-    assert {path.name for path in workdir.iterdir()} == {"config.json", "env.json"}
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "env.json", ".lock"}
 
 
 def test_an_empty_folder_will_do(tmp_path):
-    open_workdir(tmp_path, config())
+    opened(tmp_path, config())
     assert read_config(tmp_path).num_steps == 3
 
 
 def test_the_same_experiment_continues_with_what_may_change(tmp_path):
-    open_workdir(tmp_path, config())
+    opened(tmp_path, config())
     longer = config(num_steps=9, log_every=5, mesh=dict(data=8), evals=dict(a=dict(name="fewshot")), validation=None)
-    open_workdir(tmp_path, longer)
+    opened(tmp_path, longer)
     assert read_config(tmp_path).to_dict() == longer.to_dict()
 
 
 def test_another_config_is_refused_with_the_differing_keys(tmp_path):
-    open_workdir(tmp_path, config())
+    opened(tmp_path, config())
     before = (tmp_path / "config.json").read_text()
     other = config(
         num_steps=9, dtype="bfloat16", optimizer=dict(name="sgd", schedule=dict(name="cosine"), weight_decay=0.1)
     )
     with pytest.raises(UsageError) as error:
-        open_workdir(tmp_path, other)
+        opened(tmp_path, other)
     assert "dtype, optimizer.schedule.name, optimizer.weight_decay" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "num_steps" not in str(error.value)
@@ -98,15 +106,59 @@ def test_a_foreign_folder_or_a_file_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for place in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(UsageError, match=f"^{place} is no empty folder and holds no run: choose another"):
-            open_workdir(place, config())
+            opened(place, config())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_the_config_that_a_killed_run_began_to_write_is_no_foreign_file(tmp_path):
+def test_what_a_run_left_that_was_killed_before_it_wrote_its_config_is_no_foreign_file(tmp_path):
     (tmp_path / ".config.json.4711").write_text('{"model": {')
-    open_workdir(tmp_path, config())
+    (tmp_path / ".lock").write_text("process 1 on earth")
+    opened(tmp_path, config())
     assert read_config(tmp_path).to_dict() == config().to_dict()
+
+
+def test_fewer_steps_than_were_done_are_refused_untouched(tmp_path):
+    opened(tmp_path, config())
+    save(tmp_path, {2: None, 3: None})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(UsageError, match=f"{tmp_path} is at step 3, beyond config.num_steps 2: give 3 or more"):
+        opened(tmp_path, config(num_steps=2, log_every=7))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    opened(tmp_path, config(num_steps=3, log_every=7))
+
+
+def test_a_workdir_in_use_is_refused_until_it_is_free(tmp_path):
+    with open_workdir(tmp_path, config()):
+        before = (tmp_path / "config.json").read_text()
+        with pytest.raises(UsageError, match=rf"{tmp_path} is in use by another run \(process {os.getpid()} on .+\)"):
+            opened(tmp_path, config(num_steps=9))
+        assert (tmp_path / "config.json").read_text() == before
+    opened(tmp_path, config(num_steps=9))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("failed [os_error_code='28']")])
+def test_a_full_disk_is_one_sentence_at_the_start_and_later(tmp_path, monkeypatch, error):
+    words = rf"{tmp_path} can't be written to \(No space left on device\); .*: make room, then give"
+    with pytest.raises(UsageError, match=words), open_workdir(tmp_path, config()):
+        raise error
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(UsageError, match=words):
+        opened(tmp_path, config())
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can't be written to .Not a directory.; .*: choose another --workdir"):
+        opened(tmp_path / "file" / "run", config())
+    with pytest.raises(UsageError, match="too long"):
+        opened(tmp_path / ("x" * 300), config())
+
+
+def test_errors_of_other_files_pass(tmp_path):
+    error = PermissionError(errno.EACCES, "no", "/data/train/1.png")
+    with pytest.raises(PermissionError), open_workdir(tmp_path, config()):
+        raise error
 
 
 # Atomic writes.
@@ -137,7 +189,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 def run(tmp_path_factory) -> Path:
     """A run that was best at step 4 of 2, 4, 6, with averages."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    open_workdir(workdir, config())
+    opened(workdir, config())
     save(workdir, {2: 0.3, 4: 0.8, 6: 0.5}, ema=True)
     return workdir
 
@@ -160,14 +212,14 @@ def test_load_gives_a_model_that_works_at_once(run):
 
 def test_best_is_the_latest_where_no_validation_ran(tmp_path):
     for name, validation in (("none", None), ("empty", {}), ("unused", dict(every=2, metric="accuracy"))):
-        open_workdir(tmp_path / name, config(validation=validation))
+        opened(tmp_path / name, config(validation=validation))
         save(tmp_path / name, {1: None, 3: None})
         assert load_variables(tmp_path / name, "best")[0] == 3
         assert value(load_variables(tmp_path / name, "best")[1]) == 3  # no average: the parameters themselves
 
 
 def test_step_zero_may_be_the_best(tmp_path):
-    open_workdir(tmp_path, config())
+    opened(tmp_path, config())
     save(tmp_path, {0: 0.9, 1: 0.1})
     assert load_variables(tmp_path, "best")[0] == 0
 
@@ -182,7 +234,7 @@ def test_a_folder_without_a_run_or_without_checkpoints(tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UsageError, match=f"^{place} holds no run .*config.json.*: give the --workdir"):
             xattn.load(place)
-    open_workdir(tmp_path, config())
+    opened(tmp_path, config())
     with pytest.raises(UsageError, match=f"^{tmp_path} has no checkpoint yet: train it first"):
         xattn.load(tmp_path)
     (tmp_path / "checkpoints").mkdir()

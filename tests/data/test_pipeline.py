@@ -56,7 +56,7 @@ def test_hosts_share_the_same_episodes_out(batches, process_count):
         for name, rows in batch.items():
             shares = [host[k][name] for host in hosts]
             assert all(len(share) == 8 // process_count for share in shares)
-            np.testing.assert_array_equal(np.stack(shares, 1).reshape(rows.shape), rows)
+            np.testing.assert_array_equal(np.concatenate(shares), rows)
 
 
 @pytest.mark.parametrize("start_step", [1, 7])
@@ -147,9 +147,10 @@ def test_an_example_is_repeated_in_a_row_and_an_epoch_keeps_its_length():
     assert len(set(seeds.tolist())) == 60
     masks = np.concatenate([batch["loss_mask"] for batch in batches])[:9].reshape(3, 3, -1)
     assert (masks != masks[:, :1]).any()
-    hosts = [examples(3, repeats=3, batch_size=6, process_index=p, process_count=3) for p in range(3)]
-    first = [host[0]["index"].tolist() for host in hosts]
-    assert first[0] == first[1] == first[2] == np.random.default_rng([3, 0]).permutation(10)[:2].tolist()
+    hosts = [examples(1, repeats=3, batch_size=6, process_index=p, process_count=2) for p in range(2)]
+    assert [host[0]["index"].tolist() for host in hosts] == [
+        [index] * 3 for index in np.random.default_rng([3, 0]).permutation(10)[:2]
+    ]
 
 
 def test_a_batch_may_be_larger_than_an_epoch():
@@ -167,7 +168,7 @@ def test_hosts_share_the_same_examples_out_and_mask_them_alike(process_count):
         for name, rows in batch.items():
             shares = [host[k][name] for host in hosts]
             assert all(len(share) == 8 // process_count for share in shares)
-            np.testing.assert_array_equal(np.stack(shares, 1).reshape(rows.shape), rows)
+            np.testing.assert_array_equal(np.concatenate(shares), rows)
 
 
 @pytest.mark.parametrize("start_step, num_threads", [(1, 2), (7, 0), (7, 4)])

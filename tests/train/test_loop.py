@@ -1,18 +1,21 @@
 """The training program as a whole, on the smoke config of the main job."""
 
 import json
+import re
 import signal
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import xattn
-from tests.train.drill import drill
-from xattn import data, evals
+from xattn import data, evals, tasks
 from xattn.config import Config, UsageError, load_config
-from xattn.train import Preempted, train
+from xattn.tasks import fewshot
+from xattn.train import NotFinite, Preempted, train
 
 VALIDATION = dict(name="fewshot", split="val", queries=2, num_episodes=3, metric="accuracy")
 
@@ -119,6 +122,58 @@ def test_eight_devices_train_as_one(tmp_path):
         np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one"), rtol=1e-5)
 
 
+def test_a_run_may_go_on_under_pmap(tmp_path):
+    common = dict(num_steps=6, pipeline__batch_size=8, ema_decay=0.9)
+    train(smoke(**common), tmp_path / "jit")
+    assert len(losses(tmp_path / "jit")) == 6
+    train(smoke(**common | dict(num_steps=3)), tmp_path / "pmap")
+    train(smoke(**common, mode="pmap", mesh__data=8), tmp_path / "pmap")
+    np.testing.assert_allclose(losses(tmp_path / "pmap"), losses(tmp_path / "jit"), rtol=1e-5)
+    for one, other in zip(*(jax.tree.leaves(params(tmp_path / mode)) for mode in ("pmap", "jit")), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_an_axis_name_is_for_pmap_alone(tmp_path):
+    encoder = {"name": "conv4", "widths": (8, 8, 8, 8), "norm": "batch", "axis_name": "data"}
+    with pytest.raises(UsageError, match=r"config\.model\.encoder\.axis_name is for the mode 'pmap'"):
+        train(smoke(model__encoder=encoder), tmp_path)
+
+
+def test_a_step_that_takes_too_long_tells_where_it_is(tmp_path, monkeypatch, capfd):
+    stream, told = data.batches, []
+
+    def stuck(*args, **kwargs):
+        for index, batch in enumerate(stream(*args, **kwargs)):
+            while "num_steps" in kwargs and index == 1 and "in stuck" not in "".join(told):
+                time.sleep(0.01)
+                told.append(capfd.readouterr().err)
+            yield batch
+
+    monkeypatch.setattr(data, "batches", stuck)
+    train(smoke(num_steps=3, watchdog_seconds=0.5), tmp_path)
+    assert re.search(r"Timeout .*\n(.*\n)*Thread .* \(most recent call first\)", "".join(told))
+    assert len(losses(tmp_path)) == 3  # it ended nothing
+
+
+def test_debug_nans_names_the_line_that_made_one(tmp_path, monkeypatch):
+    class Breaks(fewshot.FewShot):
+        def __call__(self, *args, **kwargs):
+            loss, metrics, state = super().__call__(*args, **kwargs)
+            return loss, metrics | {"loss": jnp.log(-loss)}, state  # the line
+
+    monkeypatch.setitem(tasks.TASKS, "fewshot", Breaks)
+    with pytest.raises(NotFinite) as error:
+        train(smoke(num_steps=1), tmp_path, debug_nans=True)
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# the line"))
+    assert str(error.value) == f"step 1: invalid value (nan) encountered in log, at {__file__}:{line}, in __call__"
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_no_update_that_is_not_finite_is_allowed(tmp_path, log_every):
+    with pytest.raises(NotFinite, match="from step 2 on, more than config.max_skipped 0 updates in a row"):
+        train(smoke(num_steps=4, max_skipped=0, log_every=log_every, optimizer__learning_rate=1e38), tmp_path)
+
+
 def test_bfloat16_computes_while_parameters_stay_float32(tmp_path):
     train(smoke(num_steps=2), tmp_path / "float32")
     train(smoke(num_steps=2, dtype="bfloat16"), tmp_path / "bfloat16")
@@ -136,9 +191,3 @@ def test_frozen_parameters_stay_and_all_others_train(tmp_path):
     paths = [jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_flatten_with_path(unchanged)[0] if same]
     # A softmax does not see a constant in the keys: their biases have no gradient but rounding.
     assert all("['key']['bias']" in path for path in paths), paths
-
-
-@pytest.mark.slow
-def test_killed_runs_continue_bit_for_bit(tmp_path, capsys):
-    drill(5, tmp_path, "protonet/glyphs:smoke")
-    assert capsys.readouterr().out.count("equal to the untouched run") == 5

@@ -213,6 +213,21 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(bad, accumu
     np.testing.assert_allclose(metrics["learning_rate"], schedule(3), rtol=1e-6)
 
 
+def test_after_too_many_that_are_not_finite_no_update_is_made():
+    """The counter is looked at only now and then: a good batch in between must not hide what came before."""
+    optimizer, schedule = make_optimizer(OPTIMIZER, num_steps=20)
+    step = jax.jit(make_train_step(Regressor(), Squares(), optimizer, schedule, max_skipped=1))
+    poisoned = batch(1)
+    poisoned["y"][4] = np.nan
+    state, counts = setup()[0](), []
+    for data in (batch(0), poisoned, batch(2), poisoned, poisoned, batch(3), batch(4)):
+        before, (state, _) = state, step(state, data, KEY)
+        counts.append((int(state.skipped), int(state.skipped_in_a_row)))
+    assert counts == [(0, 0), (1, 1), (1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
+    for part in ("params", "opt_state"):
+        equal(getattr(state, part), getattr(before, part))
+
+
 class Kinked(Squares):
     """Has no gradient where `bend` is 0, and a loss that is not finite where `offset` is not."""
 

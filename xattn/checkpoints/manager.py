@@ -4,6 +4,9 @@ A step's folder holds three items: `model` (parameters, running statistics and t
 that inference needs), `training` (optimizer state and counters) and `meta` (format version, configuration
 hash, validation metrics, shapes and checksums). Saves are asynchronous; a folder appears under its final
 name only when it is complete. Every array, and `meta` itself, has a checksum, which restore verifies.
+
+Nothing in a checkpoint depends on the machine: it is restored on any mesh, by any number of processes, in another
+floating-point type. Several processes agree on what they find before they go on.
 """
 
 import contextlib
@@ -23,8 +26,12 @@ from absl import logging
 from jaxtyping import Array, UInt32
 
 from xattn.config import UsageError, lookup
+from xattn.parallel.distributed import exchange
 
 FORMAT_VERSION = 1
+
+# Orbax logs the errors of its threads with their tracebacks, then raises them in `save`, `wait` and `close` as well.
+logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class DamagedCheckpoint(Exception):
@@ -46,6 +53,7 @@ class Checkpoints:
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.metric = (metric or "").removeprefix("-")
         self._sign = -1 if metric and metric.startswith("-") else 1
+        self._arrays = {name: ocp.StandardCheckpointHandler() for name in ("model", "training")}
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -53,11 +61,7 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
             ),
-            item_handlers={
-                "model": ocp.StandardCheckpointHandler(),
-                "training": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers={**self._arrays, "meta": ocp.JsonCheckpointHandler()},
         )
         self._scores: dict[int, float] = {}
         for step in self.steps():
@@ -121,19 +125,24 @@ class Checkpoints:
         """The latest intact checkpoint as `(step, model, training)`, or None where there is none.
 
         A damaged one is moved to `damaged/<step>` in the workdir, with a warning, and the one before it
-        is taken.
+        is taken: by all processes, also where only one of them found the damage.
 
         Args:
-          model, training: trees of `jax.ShapeDtypeStruct` with shardings, as `save` got them.
+          model, training: trees of `jax.ShapeDtypeStruct` of the arrays that `save` got, in the shardings that they
+            shall have now; floating-point arrays are rounded to the dtypes that are asked for.
 
         Raises:
           UsageError: every checkpoint is damaged, or the latest intact one has another format version or
             holds other arrays.
         """
-        steps = self.steps()
+        steps, targets = self.steps(), {"model": model, "training": training}
         for step in reversed(steps):
             try:
-                return step, *self._restore(step, lambda: {"model": model, "training": training})
+                with _agreed():
+                    meta, arrays = self._read(step, lambda: targets)
+                _verify(meta, arrays)
+                asked = jax.tree.map(_as_asked, arrays, targets)
+                return step, asked["model"], asked["training"]
             except DamagedCheckpoint as error:
                 self._set_aside(step, error)
         if steps:
@@ -156,16 +165,22 @@ class Checkpoints:
             tree = self._manager.item_metadata(step)["model"]
             return {"model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)}
 
-        return self._restore(step, targets)[0]
+        meta, arrays = self._read(step, targets)
+        _verify(meta, arrays)
+        return arrays["model"]
 
     def _meta(self, step: int) -> dict[str, Any]:
         with _damage_named():
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
             if meta.pop("checksum") != _checksum(meta):
                 raise DamagedCheckpoint("checksum of meta differs")
         return meta
 
-    def _restore(self, step: int, targets: Callable[[], dict[str, Any]]) -> list[Any]:
+    def _read(self, step: int, targets: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `meta` says of `step`, and the arrays as they are on disk, each process reading its part of them.
+
+        The handlers read because the manager would wait for the processes in which reading failed.
+        """
         meta, where = self._meta(step), self.folder / str(step)
         if (version := meta["format_version"]) != FORMAT_VERSION:
             raise UsageError(
@@ -173,20 +188,19 @@ class Checkpoints:
             )
         with _damage_named():
             wanted = targets()
+        arrays = {}
         for name, target in wanted.items():
-            if wrong := _differing(meta["shapes"][name], shapes := _shapes(target)):
-                held, asked = meta["shapes"][name].get(wrong[0], "nothing"), shapes.get(wrong[0], "nothing")
+            saved, asked = meta["shapes"][name], _shapes(target)
+            if wrong := [path for path in _differing(saved, asked) if not _castable(saved.get(path), asked.get(path))]:
+                held, needed = (shapes.get(wrong[0], "nothing") for shapes in (saved, asked))
                 raise UsageError(
-                    f"{where} holds {held} for {name}/{wrong[0]}, this model has {asked} there ({len(wrong)} such "
+                    f"{where} holds {held} for {name}/{wrong[0]}, this model has {needed} there ({len(wrong)} such "
                     "arrays): use the xattn that wrote it, or another --workdir."
                 )
-        args = {name: ocp.args.StandardRestore(target) for name, target in wanted.items()}
-        with _damage_named():
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        for name in wanted:
-            if wrong := _differing(meta["checksums"][name], _checksums(restored[name])):
-                raise DamagedCheckpoint(f"checksums of {len(wrong)} arrays differ, such as {name}/{wrong[0]}")
-        return [restored[name] for name in wanted]
+            with _damage_named():
+                args = ocp.args.StandardRestore(_as_saved(target, saved))
+                arrays[name] = self._arrays[name].restore(self._manager.directory / str(step) / name, args=args)
+        return meta, arrays
 
     def _set_aside(self, step: int, error: Exception) -> None:
         aside = self.folder.parent / "damaged" / str(step)
@@ -198,6 +212,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside.parent.mkdir(exist_ok=True)
             shutil.move(self.folder / str(step), aside)
+        exchange("a damaged checkpoint is set aside", "")
         self._manager.reload()
 
     def wait(self) -> None:
@@ -224,15 +239,61 @@ class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
 def _damage_named() -> Iterator[None]:
     try:
         yield
-    except (DamagedCheckpoint, MemoryError, PermissionError):
+    except (DamagedCheckpoint, MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # a device without memory
         raise
     except Exception as error:  # Orbax raises several types, also a bare Exception
         raise DamagedCheckpoint(" ".join(str(error).split())[:200]) from error
 
 
+@contextlib.contextmanager
+def _agreed() -> Iterator[None]:
+    """Raises `DamagedCheckpoint` in every process if it is raised in one of them."""
+    said = ""
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        said = str(error) or repr(error)
+    if found := [text for text in exchange("reading the checkpoint", said) if text]:
+        raise DamagedCheckpoint(found[0])
+
+
+def _verify(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    for name, tree in arrays.items():
+        if wrong := _differing(meta["checksums"][name], _checksums(tree)):
+            raise DamagedCheckpoint(f"checksums of {len(wrong)} arrays differ, such as {name}/{wrong[0]}")
+
+
+def _as_saved(target: Any, shapes: Mapping[str, str]) -> Any:
+    """The tree of `jax.ShapeDtypeStruct` with the dtypes that the arrays have on disk."""
+
+    def leaf(path: tuple, asked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(asked.shape, _dtype(shapes[_name(path)]), sharding=asked.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, target)
+
+
+def _as_asked(array: Array, target: jax.ShapeDtypeStruct) -> Array:
+    return array if array.dtype == target.dtype else array.astype(target.dtype)
+
+
+def _castable(saved: str | None, asked: str | None) -> bool:
+    """Whether two of `_shapes` differ in the floating-point type alone."""
+    if saved is None or asked is None or saved.partition("[")[2] != asked.partition("[")[2]:
+        return False
+    return all(jnp.issubdtype(_dtype(shape), jnp.floating) for shape in (saved, asked))
+
+
+def _dtype(shape: str) -> np.dtype:
+    return jnp.dtype(shape.partition("[")[0])
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _by_path(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {_name(path): leaf for path, leaf in leaves}
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -1,9 +1,15 @@
 """A run's folder: its configuration, and the model that it holds."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
+import re
+import socket
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,49 +22,132 @@ from flax import linen as nn
 
 from xattn import models
 from xattn.checkpoints.manager import Checkpoints
-from xattn.config import Config, UsageError, config_hash, differing_keys, from_json, to_json, write_atomically
+from xattn.config import (
+    Config,
+    UsageError,
+    config_hash,
+    differing_keys,
+    from_json,
+    to_json,
+    with_defaults,
+    write_atomically,
+)
+from xattn.parallel.distributed import first
+
+# What keeps a folder from being written to, and what to do about it.
+_UNWRITABLE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files",
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.EROFS: "choose another --workdir",
+    errno.ENOTDIR: "choose another --workdir",
+    errno.ENAMETOOLONG: "choose a shorter --workdir",
+}
 
 
-def open_workdir(workdir: Path, config: Config) -> None:
-    """Creates `workdir` for `config`, or checks that it belongs to the same experiment.
+@contextlib.contextmanager
+def open_workdir(workdir: Path, config: Config) -> Iterator[None]:
+    """Creates `workdir` for `config`, or checks that it belongs to the same experiment; no other run may open it then.
+
+    The lock is one of the operating system, which ends with the process however it dies. Process 0 of a run holds it,
+    and refuses for all of them.
 
     Raises:
-      UsageError: the folder holds a run whose config differs in more than what a continued run may change,
-        or something else.
+      UsageError: another run is at work in the folder; it holds a run whose config differs in more than what a
+        continued run may change, or that is further than `config.num_steps`, or something else; or it can't be
+        written to, also later, while it is open.
     """
-    path = workdir / "config.json"
-    if path.is_file():
+    with _unwritable_named(workdir), contextlib.ExitStack() as held:
+        first("the workdir", lambda: _claim(workdir, config, held))
+        yield
+
+
+def _claim(workdir: Path, config: Config, held: contextlib.ExitStack) -> None:
+    with _unwritable_named(workdir):
+        _check(workdir, config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_locked(workdir))
+        _check(workdir, config)  # again, now that nobody else changes it
+        _describe(workdir, config)
+
+
+def _check(workdir: Path, config: Config) -> None:
+    if (workdir / "config.json").is_file():
         if keys := differing_keys(read_config(workdir), config):
             raise UsageError(
                 f"{workdir} belongs to another config (it differs in {', '.join(keys)}): "
                 "use the same config, or another --workdir."
             )
+        if (step := latest_step(workdir) or 0) > config.num_steps:
+            raise UsageError(
+                f"{workdir} is at step {step}, beyond config.num_steps {config.num_steps}: give {step} or more."
+            )
     elif workdir.exists() and (not workdir.is_dir() or _foreign(workdir)):
         raise UsageError(f"{workdir} is no empty folder and holds no run: choose another --workdir.")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_json(config))
-        environment = {
-            "config_hash": config_hash(config),
-            "argv": sys.argv,
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "orbax": orbax.checkpoint.__version__,
-            "devices": [str(device.device_kind) for device in jax.devices()],
-            "cores": os.cpu_count(),
-        }
-        write_atomically(workdir / "env.json", json.dumps(environment, indent=2))
 
 
 def _foreign(workdir: Path) -> bool:
-    """Whether there is anything but the config that a killed run began to write."""
-    return any(not entry.name.startswith(".config.json.") for entry in workdir.iterdir())
+    """Whether there is anything but what a killed run left that had not yet written its config."""
+    return any(not entry.name.startswith((".lock", ".config.json.")) for entry in workdir.iterdir())
 
 
-def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run would continue here: a save that was interrupted has another name than its step's number."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    with (workdir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UsageError(
+                f"{workdir} is in use by another run ({file.read()}): wait for it, or choose another --workdir."
+            ) from error
+        except OSError as error:  # such as a network file system that is mounted without them
+            logging.warning("%s has no locks (%s): see to it that no other run writes to it.", workdir, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _unwritable_named(workdir: Path) -> Iterator[None]:
+    """Says in one sentence that the disk is full, or that the folder may not be written to."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # Orbax raises what TensorStore says as a ValueError
+        number = getattr(error, "errno", None)
+        where = Path(getattr(error, "filename", None) or workdir).absolute()
+        within = where.is_relative_to(workdir.absolute()) or workdir.absolute().is_relative_to(where)
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(found[1])
+        if number not in _UNWRITABLE or not within:
+            raise
+        raise UsageError(
+            f"{workdir} can't be written to ({os.strerror(number)}); what was saved before is kept: "
+            f"{_UNWRITABLE[number]}, then give the same command again."
+        ) from error
+
+
+def _describe(workdir: Path, config: Config) -> None:
+    write_atomically(workdir / "config.json", to_json(config))
+    environment = {
+        "config_hash": config_hash(config),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "orbax": orbax.checkpoint.__version__,
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "cores": os.cpu_count(),
+    }
+    write_atomically(workdir / "env.json", json.dumps(environment, indent=2))
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The step at which a run would continue here: a save that was interrupted has another name than its number."""
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=None)
 
 
 def read_config(workdir: Path) -> Config:
@@ -68,7 +157,7 @@ def read_config(workdir: Path) -> Config:
         raise UsageError(
             f"{workdir} holds no run (there is no {path.name} in it): give the --workdir of a trained model."
         )
-    return from_json(path.read_text())
+    return with_defaults(from_json(path.read_text()))
 
 
 def load(workdir: str | Path, step: int | str = "best", ema: bool = True) -> tuple[nn.Module, dict, Config]:

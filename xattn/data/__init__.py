@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xattn.config import UsageError, check_keys, lookup
+from xattn.config import UsageError, check_options, lookup
 from xattn.data.cifar import Cifar10, Cifar100
 from xattn.data.clips import ClipFolders, RenderedClips
 from xattn.data.digits import Digits
@@ -92,12 +92,12 @@ def batch_shapes(data_config: Mapping[str, Any], pipeline_config: Mapping[str, A
 
 
 def _source(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    source = lookup(SOURCES, config["name"], "data source")
+    source = lookup(SOURCES, config.get("name"), "data source")
     return source, _options(config, source, "config.data", ("split",))
 
 
 def _pipeline(config: Mapping[str, Any], source: type, given: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    stream, shapes = lookup(PIPELINES, config["name"], "pipeline")
+    stream, shapes = lookup(PIPELINES, config.get("name"), "pipeline")
     if not hasattr(source, "images" if stream is episode_batches else "example"):
         other = "examples" if stream is episode_batches else "episodes"
         raise UsageError(
@@ -110,10 +110,7 @@ def _pipeline(config: Mapping[str, Any], source: type, given: Sequence[str]) -> 
 def _options(config: Mapping[str, Any], function: Callable, where: str, given: Sequence[str]) -> dict[str, Any]:
     """The keywords in a config, checked; those in `given` are what the program itself passes."""
     options = {key: value for key, value in config.items() if key != "name"}
-    for key in given:
-        if key in options:
-            raise UsageError(f"{where} has no key '{key}': the program sets it.")
-    check_keys(options, function, where)
+    check_options(options, function, where, given)
     return options
 
 

@@ -35,7 +35,17 @@ def check_image_size(name: str, image_size: Any) -> tuple[int, int]:
     )
 
 
+def read_text(path: Path) -> str:
+    """The contents of a list that comes with a data set; raises `UsageError` if it can't be read or is no text."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{path}' can't be read as text ({error}): get it again, or mend it.") from error
+
+
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    """The names of the folders in a folder, sorted, without hidden ones; raises `UsageError` if it can't be read."""
+    try:
+        return sorted(name for name in os.listdir(folder) if name[0] != "." and os.path.isdir(folder / name))
+    except OSError as error:
+        raise UsageError(f"'{folder}' can't be read ({error}): mend it, or change its permissions.") from error

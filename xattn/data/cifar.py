@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.config import UsageError
+from xattn.data.checks import read_text
 from xattn.data.labelled_images import LabelledImages
 
 _PIXELS = 3 * 32 * 32
@@ -51,7 +52,7 @@ class _Cifar(LabelledImages):
                 f"there is no file '{missing[0]}': give the folder that holds {self.folder}, which the archive of the "
                 "binary version unpacks to, as config.data.root."
             )
-        self.class_names = (folder / self.names_file).read_text("utf-8").split()
+        self.class_names = read_text(folder / self.names_file).split()
         records = [self._records(path) for path in paths]
         self._images = np.concatenate([part[:, self.label_bytes :] for part in records]).reshape(-1, 3, 32, 32)
         self.labels = np.concatenate([part[:, self.label_bytes - 1] for part in records])

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Num, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from xattn.config import UsageError
-from xattn.data.checks import check_image_size, check_root, check_split
+from xattn.data.checks import check_image_size, check_root, check_split, read_text
 from xattn.data.planes import flow_shapes
 
 _MAGIC = b"PIEH"
@@ -192,7 +192,7 @@ class FlyingChairs(FlowFiles):
         part = {"train": "1", "val": "2"}[split]
         folder = check_root(root)
         table = folder / "FlyingChairs_train_val.txt"
-        parts = _read(table).decode().split()
+        parts = read_text(table).split()
         files = folder / "data" if (folder / "data").is_dir() else folder
         flows = sorted(files.glob("*_flow.flo"))
         if len(flows) != len(parts):

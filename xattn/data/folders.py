@@ -11,6 +11,7 @@ image numbers do not depend on the file system.
 """
 
 import csv
+import io
 import os
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from xattn.config import UsageError
-from xattn.data.checks import check_root, check_split, subfolders
+from xattn.data.checks import check_root, check_split, read_text, subfolders
 from xattn.data.episodes import SPLITS
 from xattn.data.transforms import center_crop, image_shapes, random_resized_crop
 
@@ -46,7 +47,7 @@ class ClassFolders:
     name = "class_folders"
     groups = None
 
-    def __init__(self, root: str | os.PathLike, split: str, image_size: int = 84, augment: bool = False):
+    def __init__(self, root: str | os.PathLike = "", split: str = "train", image_size: int = 84, augment: bool = False):
         check_split(self.name, split)
         root = check_root(root)
         names = _class_names(root, split)
@@ -142,8 +143,10 @@ def _class_folders(root: Path, split: str) -> list[Path]:
 
 def _rows(table: Path) -> list[tuple[str, str]]:
     """The (filename, label) rows of a split file; further columns are attributes that nobody reads."""
-    with table.open(newline="") as lines:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(read_text(table), newline="")) if row]
+    except csv.Error as error:
+        raise UsageError(f"'{table}' can't be read as a table ({error}): mend it.") from error
     if not rows or rows[0][:2] != ["filename", "label"]:
         raise UsageError(f"'{table}' must begin with the header 'filename,label', but begins with {rows[:1]}.")
     for number, row in enumerate(rows[1:], start=2):

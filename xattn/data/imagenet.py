@@ -20,7 +20,7 @@ from typing import Any
 import grain
 
 from xattn.config import UsageError
-from xattn.data.checks import subfolders
+from xattn.data.checks import read_text, subfolders
 from xattn.data.labelled_images import LabelledImages
 
 _EXTENSIONS = (".jpeg", ".jpg", ".png")
@@ -89,7 +89,7 @@ class ImagenetArrayRecord(LabelledImages):
             )
         array_record()
         self._records = _open_records(paths)
-        self.class_names = (folder / "classes.txt").read_text("utf-8").splitlines()
+        self.class_names = read_text(folder / "classes.txt").splitlines()
         return len(self._records)
 
     def _entry(self, index: int) -> tuple[bytes, int, str]:

@@ -9,6 +9,7 @@ There is no third part: train is trainval.txt (3,680 images), val and test both 
 from pathlib import Path
 
 from xattn.config import UsageError
+from xattn.data.checks import read_text
 from xattn.data.labelled_images import LabelledImages
 
 
@@ -61,7 +62,7 @@ def _rows(path: Path) -> list[tuple[str, int]]:
             f"there is no file '{path}': give the folder that holds images/ and annotations/ as config.data.root."
         )
     rows = []
-    for place, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for place, line in enumerate(read_text(path).splitlines(), start=1):
         match line.split():
             case [image, number, _, _] if number.isdigit() and int(number) > 0:
                 rows.append((image, int(number)))

@@ -18,7 +18,7 @@ import grain
 import jax
 import numpy as np
 
-from xattn.config import UsageError, check_keys, lookup
+from xattn.config import UsageError, check_options, lookup
 from xattn.data.episodes import EpisodeSampler, ImageSource
 from xattn.data.mask_words import mask_words
 from xattn.data.mixing import mixup_cutmix, mixup_or_cutmix
@@ -76,7 +76,7 @@ def episode_batches(
       seed, ways, shots, queries, mode: see `EpisodeSampler`.
       batch_size: B, the episodes of a step on all hosts together.
       start_step, num_steps: the first step and how many follow (without end by default).
-      process_index, process_count: host p of n takes every n-th episode, starting with its p-th.
+      process_index, process_count: host p of n takes the p-th of n equal parts of every batch.
       num_threads: threads that read images ahead; 0 reads in the caller's thread.
 
     Yields:
@@ -89,18 +89,19 @@ def episode_batches(
     _check_hosts(batch_size, process_count, "episodes")
     sampler = EpisodeSampler(source, seed, ways, shots, queries, mode)
 
-    def load(episode: int) -> dict[str, np.ndarray]:
-        drawn = sampler(episode)
+    share = batch_size // process_count
+
+    def load(place: int) -> dict[str, np.ndarray]:
+        step, row = divmod(place, share)
+        drawn = sampler(step * batch_size + process_index * share + row)
         return {
             "support": source.images(drawn["support"], drawn["support_seeds"]),
             "query": source.images(drawn["query"], drawn["query_seeds"]),
             "query_labels": drawn["query_labels"],
         }
 
-    stop = _FOREVER if num_steps is None else (start_step + num_steps) * batch_size
-    episodes = grain.MapDataset.range(start_step * batch_size, stop)
-    dataset = episodes.map(load)[process_index::process_count].batch(batch_size // process_count)
-    return _read(dataset, num_threads)
+    stop = _FOREVER if num_steps is None else (start_step + num_steps) * share
+    return _read(grain.MapDataset.range(start_step * share, stop).map(load).batch(share), num_threads)
 
 
 def episode_shapes(
@@ -138,7 +139,7 @@ def example_batches(
       repeats: r, how often an example comes in a row, each time augmented anew (repeated augmentation, arXiv
         1902.05509). An epoch keeps its n positions, so it shows ceil(n / r) of the examples.
       start_step, num_steps: the first step and how many follow (without end by default).
-      process_index, process_count: host p of n takes every n-th example, starting with its p-th.
+      process_index, process_count: host p of n takes the p-th of n equal parts of every batch.
       num_threads: threads that read batches ahead; 0 reads in the caller's thread.
 
     Yields:
@@ -154,6 +155,7 @@ def example_batches(
     if repeats < 1:
         raise UsageError(f"A stream of examples needs repeats of at least 1, but got {repeats}.")
     transform = _transform(transforms)
+    share = batch_size // process_count
 
     # Two, because the threads that read ahead pass from one epoch to the next at different moments.
     @functools.lru_cache(maxsize=2)
@@ -165,7 +167,8 @@ def example_batches(
         return int(order(epoch)[place // repeats])
 
     def load(step: int) -> dict[str, np.ndarray]:
-        positions = range(step * batch_size + process_index, (step + 1) * batch_size, process_count)
+        begin = step * batch_size + process_index * share
+        positions = range(begin, begin + share)
         seeds = np.stack([_seeds(seed, position) for position in positions])
         examples = (
             source.example(index(position), int(own)) for position, own in zip(positions, seeds[:, 0], strict=True)
@@ -182,6 +185,8 @@ def eval_batches(
     transforms: Mapping[str, Mapping[str, Any]] = {},
     seed: int = 0,
     num_examples: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
     num_threads: int = min(16, os.cpu_count() or 2),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates once over examples of a source, in order and with the evaluation transform.
@@ -193,14 +198,18 @@ def eval_batches(
       seed: of the transforms; what happens to an example depends on (seed, index), not on the batch size.
       num_examples: k, how many; all n by default. Fewer are spread evenly over the source, which may list its
         classes one after the other: they are the examples floor(i n / k) for i = 0 .. k - 1.
+      process_index, process_count: host p of h takes the p-th of h equal parts of every batch.
       num_threads: threads that read batches ahead.
 
     Yields:
-      dicts like those of `example_batches` with the further field present bool [B], False in rows that fill up.
+      dicts like those of `example_batches` with the further field present bool [B/h], False in rows that fill up.
 
     Raises:
-      UsageError: more examples are asked for than there are, or fewer than one.
+      UsageError: more examples are asked for than there are, or fewer than one, or the batch does not divide over the
+        hosts.
     """
+    _check_hosts(batch_size, process_count, "examples")
+    share = batch_size // process_count
     total = source.num_examples if num_examples is None else num_examples
     if not 0 < total <= source.num_examples:
         raise UsageError(
@@ -210,11 +219,11 @@ def eval_batches(
     transform = _transform(transforms)
 
     def load(batch: int) -> dict[str, np.ndarray]:
-        rows = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        rows = batch * batch_size + process_index * share + np.arange(share)
         indices = np.minimum(rows, total - 1) * source.num_examples // total
         seeds = np.stack([_seeds(seed, int(index))[1] for index in indices])
         examples = {index: source.example(int(index), None) for index in np.unique(indices)}
-        return transform(_stack((examples[index] for index in indices), batch_size), seeds) | {"present": rows < total}
+        return transform(_stack((examples[index] for index in indices), share), seeds) | {"present": rows < total}
 
     return _read(grain.MapDataset.range(-(-total // batch_size)).map(load), num_threads)
 
@@ -237,7 +246,7 @@ def _transform(transforms: Mapping[str, Mapping[str, Any]]) -> Callable[[Any, np
     """The transforms as one function of a batch and the seeds of its rows."""
     for name, options in transforms.items():
         function = lookup(TRANSFORMS, name, "transform")
-        check_keys(options, function, f"config.pipeline.transforms.{name}")
+        check_options(options, function, f"config.pipeline.transforms.{name}", given=("batch", "seeds"))
 
     def apply(batch: dict[str, np.ndarray], seeds: np.ndarray) -> dict[str, np.ndarray]:
         for name in TRANSFORMS:
@@ -266,6 +275,8 @@ def _stack(examples: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, n
 
 
 def _read(dataset: grain.MapDataset, num_threads: int) -> Iterator[dict[str, np.ndarray]]:
+    if num_threads < 0:
+        raise UsageError(f"A stream of batches needs num_threads of at least 0, but got {num_threads}.")
     # A thread makes a whole batch, and the buffer holds those that are being made: large ones fill the memory.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
     return iter(dataset.to_iter_dataset(options))

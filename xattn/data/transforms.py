@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from xattn.config import UsageError, check_keys, lookup
+from xattn.config import UsageError, check_options, lookup
 from xattn.data.randaugment import RandAugment
 from xattn.data.timm_augment import TimmRandAugment
 
@@ -174,7 +174,7 @@ def image_transform(options: Mapping[str, Any] | None) -> ImageTransform:
     """
     keywords = {"name": "perceiver_io", "num_layers": 0} if options is None else dict(options)
     transform = lookup(IMAGE_TRANSFORMS, keywords.pop("name", ""), "config.data.transform.name")
-    check_keys(keywords, transform, "config.data.transform")
+    check_options(keywords, transform, "config.data.transform")
     return transform(**keywords)
 
 

@@ -22,6 +22,7 @@ from xattn import data, tasks
 from xattn.config import Config, UsageError
 from xattn.evals.examples import check_examples, examples_id, on_replicas, open_split, score_examples
 from xattn.evals.fewshot import half_width
+from xattn.parallel.mesh import local_rows
 
 
 def autoencoding(
@@ -155,11 +156,11 @@ def reconstruct(
         _decode(model, variables, latents, dict(zip(sizes, points, strict=True)) | {"label": None})
         for points in zip(*(np.array_split(np.arange(size), chunks) for size in sizes.values()), strict=True)
     ]
-    outputs = {name: np.concatenate([part[name] for part in parts], axis=1) for name in sizes}
+    outputs = {name: np.concatenate([local_rows(part[name]) for part in parts], axis=1) for name in sizes}
     return {
         "image": np.clip(outputs["image"], 0, 1).reshape(video.shape),
         "audio": np.clip(outputs["audio"], -1, 1).reshape(audio.shape),
-        "label": np.asarray(parts[0]["label"]),
+        "label": local_rows(parts[0]["label"]),
     }
 
 

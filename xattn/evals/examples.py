@@ -10,7 +10,8 @@ from jaxtyping import Shaped
 
 from xattn import data
 from xattn.config import Config, UsageError, from_json, to_json
-from xattn.parallel.mesh import num_replicas, shard_batch
+from xattn.parallel.distributed import gather
+from xattn.parallel.mesh import local_rows, num_replicas, row_share, shard_batch
 
 
 def score_examples(
@@ -24,32 +25,44 @@ def score_examples(
     """The values that `score` gives examples of a source that are spread evenly over it.
 
     A batch grows until the replicas of the current mesh divide it, so that `score` can share it among them
-    (`on_replicas`); rows that only fill up are left out of the result.
+    (`on_replicas`); rows that only fill up are left out of the result. Of several processes each scores its rows of
+    every batch, and all have the whole result.
 
     Args:
-      score: a batch of B examples to values [B] by name.
+      score: a batch of B examples, of which several processes have their rows, to values of these rows by name.
       source, batch_size, num_examples, transforms, seed: see `xattn.data.eval_batches`.
     """
     rows: dict[str, list[np.ndarray]] = {}
-    replicas = num_replicas(jax.sharding.get_mesh())
-    batch_size = -(-batch_size // replicas) * replicas
-    batches = data.eval_batches(source, batch_size, transforms=transforms or {}, seed=seed, num_examples=num_examples)
+    replicas = num_replicas(mesh := jax.sharding.get_mesh())
+    index, count = row_share(mesh)
+    batches = data.eval_batches(
+        source,
+        -(-batch_size // replicas) * replicas,
+        transforms=transforms or {},
+        seed=seed,
+        num_examples=num_examples,
+        process_index=index,
+        process_count=count,
+    )
     for batch in batches:
         present = batch.pop("present")
-        for name, values in score(batch).items():
-            rows.setdefault(name, []).append(np.asarray(values)[present])
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
+        for name, values in {"present": present, **score(batch)}.items():
+            rows.setdefault(name, []).append(local_rows(values))
+    # Processes with the same share have the same rows.
+    shares = [int(share) for share in gather(np.asarray(index))]
+    whole = {}
+    for name, parts in rows.items():
+        by_share = dict(zip(shares, gather(np.stack(parts)), strict=True))
+        whole[name] = np.concatenate([by_share[share] for share in range(count)], axis=1).ravel()
+    present = whole.pop("present")
+    return {name: values[present] for name, values in whole.items()}
 
 
 def on_replicas(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-    """The rows of a batch shared by the replicas of the current mesh, if they divide it.
-
-    Several processes that evaluate all compute the same: each has the whole batch.
-    """
+    """This process's rows of a batch, shared by the replicas of the current mesh if they divide it."""
     mesh = jax.sharding.get_mesh()
-    replicas, rows = num_replicas(mesh), len(next(iter(batch.values())))
-    shared = replicas > 1 and rows % replicas == 0 and jax.process_count() == 1
-    return shard_batch(batch, mesh) if shared else batch
+    rows = len(next(iter(batch.values()))) * row_share(mesh)[1]
+    return shard_batch(batch, mesh) if num_replicas(mesh) > 1 and rows % num_replicas(mesh) == 0 else batch
 
 
 def check_examples(config: Config, protocol: str, split: str, num_examples: int | None, batch_size: int) -> None:

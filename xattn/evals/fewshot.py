@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from xattn import data, tasks
 from xattn.config import Config, check_keys, lookup
+from xattn.parallel.distributed import fetch
 
 METHODS = ("model", "pixel_centroid", "random_features")
 BRANCHES = {"global_scores": "global", "local_logits": "local"}
@@ -149,7 +150,7 @@ def embed(
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]
         padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")
-        rows.append(np.asarray(_features(model, task, variables, source.images(padded)))[: len(chunk)])
+        rows.append(fetch(_features(model, task, variables, source.images(padded)))[: len(chunk)])
     return np.concatenate(rows)
 
 
@@ -208,5 +209,5 @@ def _whole_episodes(
 def _count(correct: dict[str, list[np.ndarray]], outputs: Mapping[str, Any], labels: np.ndarray, keep: int) -> None:
     for name in ("logits", *BRANCHES):
         if name in outputs:
-            hits = np.asarray(outputs[name]).argmax(-1) == labels
+            hits = fetch(outputs[name]).argmax(-1) == labels
             correct.setdefault(name, []).append(hits[:keep])

@@ -19,6 +19,7 @@ from xattn import tasks
 from xattn.config import Config, UsageError
 from xattn.evals.examples import check_examples, examples_id, on_replicas, open_split, score_examples
 from xattn.evals.fewshot import half_width
+from xattn.parallel.mesh import local_rows
 from xattn.tasks.optical_flow import FLOW_SCALE
 
 
@@ -131,7 +132,7 @@ def predict_flow(
             rows, columns = slice(y, y + height), slice(x, x + width)
             shown = on_replicas({"frames": frames[:, :, rows, columns]})["frames"]
             flow = _flow(model, task, variables, shown)
-            total[:, rows, columns] += weights * np.asarray(flow)
+            total[:, rows, columns] += weights * local_rows(flow)
             weight[rows, columns] += weights
     return (total / weight).astype(np.float32)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
 from flax import linen as nn
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from xattn.checkpoints import read_config
 from xattn.checkpoints.workdir import load_variables
-from xattn.config import Config, UsageError, check_keys, lookup, write_atomically
+from xattn.config import Config, UsageError, check_options, lookup, write_atomically
 from xattn.evals.autoencoding import autoencoding, check_autoencoding, describe_autoencoding, draw_clip
 from xattn.evals.classification import check_classification, classification, describe_classification
 from xattn.evals.episode_picture import draw_episode
@@ -23,6 +24,7 @@ from xattn.evals.flow_picture import draw_flow
 from xattn.evals.masked_language import check_masked_language, describe_masked_language, masked_language
 from xattn.evals.optical_flow import check_optical_flow, describe_optical_flow, optical_flow
 from xattn.models import build
+from xattn.parallel.distributed import check_same, exchange, first
 from xattn.parallel.mesh import evaluation_mesh, replicate, use_mesh
 
 
@@ -53,12 +55,15 @@ EVALS = {
     "optical_flow": Protocol(optical_flow, check_optical_flow, describe_optical_flow, draw_flow, scale=1.0),
 }
 
+# Keywords of `Protocol.run` that are not the spec's.
+_GIVEN = ("model", "variables", "config")
+
 
 def run(spec: Mapping[str, Any], model: nn.Module, variables: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The result of one evaluation; `spec` holds the protocol's `name` and its keywords."""
     options = dict(spec)
-    protocol = lookup(EVALS, options.pop("name"), "evaluation").run
-    check_keys(options, protocol, "config.evals")
+    protocol = lookup(EVALS, options.pop("name", None), "evaluation").run
+    check_options(options, protocol, "config.evals", _GIVEN)
     result = protocol(model, variables, config, **options)
     if not math.isfinite(result[result["metric"]]):
         logging.warning(
@@ -70,15 +75,16 @@ def run(spec: Mapping[str, Any], model: nn.Module, variables: Mapping[str, Any],
 def check(spec: Mapping[str, Any], model: nn.Module, config: Config, where: str) -> None:
     """Raises `UsageError` if `run` would refuse `spec`, before any time is spent."""
     options = dict(spec)
-    protocol = lookup(EVALS, options.pop("name"), "evaluation")
-    check_keys(options, protocol.run, where)
+    protocol = lookup(EVALS, options.pop("name", None), "evaluation")
+    check_options(options, protocol.run, where, _GIVEN)
     protocol.check(model, config, **options)
 
 
 def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None = None) -> dict[str, dict[str, Any]]:
     """Runs every evaluation of the run's config, prints their table and keeps `evals/<step>/<name>.json`.
 
-    A result that is already there for the same step and the same settings is read, not computed again.
+    A result that is already there for the same step and the same settings is read, not computed again. Several
+    processes share the examples out; process 0 alone reads and writes results and pictures.
 
     Args:
       workdir: a trained run.
@@ -86,8 +92,10 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
       only: the name of one evaluation, or None for all.
 
     Raises:
-      UsageError: no run, no checkpoint, no such evaluation.
+      UsageError: no run, no checkpoint, no such evaluation, or processes that were asked for different ones.
+      PeerLost: another process did not come to the end of the evaluation.
     """
+    check_same("the evaluation", {"--workdir": str(workdir), "--step": str(step), "--only": str(only)})
     config = read_config(workdir)
     specs = config.evals.to_dict()
     if only is not None:
@@ -97,27 +105,37 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
     found, variables = load_variables(workdir, step)
     model = build(config.model.to_dict(), dtype=config.dtype)
     mesh = evaluation_mesh(**config.mesh)
-    variables = replicate(variables, mesh)
-    results, kept = {}, []
+    replicated = replicate(variables, mesh)
+    folder = workdir / "evals" / str(found)
+    kept = first("the results that are there", lambda: _kept(folder, specs))
+    results = {}
     for name, spec in specs.items():
-        path = workdir / "evals" / str(found) / f"{name}.json"
-        if path.is_file() and (old := json.loads(path.read_text()))["spec"] == json.loads(json.dumps(spec)):
-            results[name] = old
-            kept.append(spec)
+        if name in kept:
+            results[name] = kept[name]
             continue
         with use_mesh(mesh):
-            result = run(spec, model, variables, config)
+            result = run(spec, model, replicated, config)
         text = json.dumps({"spec": spec, "step": found, **result})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"{name}.json", text)
         results[name] = json.loads(text)
-    _print_results(f"{workdir}, step {found}", results)
-    for name, protocol in EVALS.items():
-        spec = next((spec for spec in specs.values() if spec["name"] == name), None)
-        path = workdir / "plots" / f"{name}_{found}.png"
-        if protocol.draw and spec and not (spec in kept and path.is_file()):
-            print(f"an example of {name}: {protocol.draw(model, variables, config, path, spec)}")
+    if jax.process_index() == 0:
+        _print_results(f"{workdir}, step {found}", results)
+        for kind, protocol in EVALS.items():
+            name = next((name for name, spec in specs.items() if spec["name"] == kind), None)
+            path = workdir / "plots" / f"{kind}_{found}.png"
+            if protocol.draw and name and not (name in kept and path.is_file()):
+                print(f"an example of {kind}: {protocol.draw(model, variables, config, path, specs[name])}")
+    exchange("the end of the evaluation", "")
     return results
+
+
+def _kept(folder: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of a folder that were computed with the same settings."""
+    paths = {name: path for name in specs if (path := folder / f"{name}.json").is_file()}
+    results = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    return {name: old for name, old in results.items() if old["spec"] == json.loads(json.dumps(specs[name]))}
 
 
 def compare_workdirs(
@@ -150,7 +168,8 @@ def compare_workdirs(
         table.add_row(name, other, f"{scale * gaps.mean():+.2f}", f"+- {scale * half_width(gaps):.2f}")
     if not rows:
         raise UsageError(f"{workdir} and {against} share no examples: give their configs the same evals.")
-    _console().print(table)
+    if jax.process_index() == 0:
+        _console().print(table)
     return rows
 
 

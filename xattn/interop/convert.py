@@ -59,10 +59,9 @@ def convert(kind: str, source: Path, destination: Path, data: Path | None = None
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        open_workdir(partial, config)
         collections = {name: tree for name, tree in found.variables.items() if name not in ("params", "released")}
         model = {"params": found.variables["params"], "model_state": collections, "ema": {}}
-        with closing(Checkpoints(partial)) as checkpoints:
+        with open_workdir(partial, config), closing(Checkpoints(partial)) as checkpoints:
             checkpoints.save(0, model, {"step": np.zeros((), np.int32)}, {"config_hash": config_hash(config)})
         partial.replace(destination)
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax.core import FrozenDict
 
-from xattn.config import check_keys, lookup
+from xattn.config import check_keys, check_options, lookup
 from xattn.layers.positions import FourierPositions, TrainablePositions
 from xattn.models import crossvit, vit
 from xattn.models.conv4 import Conv4
@@ -89,7 +89,7 @@ def build(config: Mapping[str, Any], where: str = "model", **defaults: Any) -> A
       UsageError: unknown name or keyword.
     """
     keywords = dict(config)
-    model = lookup(MODELS | PARTS, keywords.pop("name"), "model")
+    model = lookup(MODELS | PARTS, keywords.pop("name", None), "model")
     check_keys(keywords, model, where)
     known = set(inspect.signature(model).parameters) - {"parent", "name"}
     keywords = {key: value for key, value in defaults.items() if key in known} | keywords
@@ -102,7 +102,9 @@ def build(config: Mapping[str, Any], where: str = "model", **defaults: Any) -> A
             return FrozenDict({key: build(entry, f"{path}.{key}", **inherited) for key, entry in value.items()})
         return FrozenDict(value) if isinstance(value, Mapping) else value  # jit takes hashable models
 
-    return model(**{key: part(value, f"{where}.{key}") for key, value in keywords.items()})
+    keywords = {key: part(value, f"{where}.{key}") for key, value in keywords.items()}
+    check_options(keywords, model, where)
+    return model(**keywords)
 
 
 def _is_config(value: Any) -> bool:

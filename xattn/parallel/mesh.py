@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from xattn.config import UsageError
 
@@ -80,7 +81,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1)
 
 
 def evaluation_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
-    """A mesh of replicas only, on as many devices as the mesh of a run has, or as there are if they are fewer."""
+    """A mesh of replicas only, on as many devices as the mesh of a run has, or as there are if they are fewer.
+
+    Of several processes each takes part with all its devices.
+    """
+    if jax.process_count() > 1:
+        return make_mesh()
     sizes = (data, fsdp, tensor, sequence)
     available = len(jax.devices())
     return make_mesh(data=available if -1 in sizes else min(available, math.prod(sizes)))
@@ -172,9 +178,48 @@ def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
         )
 
 
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process puts on the mesh, of how many equal parts: `(index, count)`.
+
+    Processes that only `tensor` or `sequence` tells apart hold the same rows, so they have the same index. Without a
+    mesh each has all.
+
+    Raises:
+      UsageError: the mesh leaves a process without a device, or gives it other rows than such a part.
+    """
+    if mesh.empty:
+        return 0, 1
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(num_replicas(mesh), -1)
+    part = part_of(jax.process_index(), owners, jax.process_count())
+    if part is None:
+        raise UsageError(
+            f"config.mesh {dict(mesh.shape)} does not fit {jax.process_count()} processes with "
+            f"{jax.local_device_count()} devices each: use every device, and let `data` x `fsdp` split evenly over "
+            "the processes, or `tensor` x `sequence` be a multiple of a process's devices."
+        )
+    return part
+
+
+def part_of(process: int, owners: Int[np.ndarray, "replicas devices"], num_processes: int) -> tuple[int, int] | None:
+    """`row_share` for one process, from the owner of each device; None where not every process has an equal part."""
+    rows = [np.flatnonzero((owners == owner).any(1)).tolist() for owner in range(num_processes)]
+    size = len(rows[0])
+    parts = [list(range(begin, begin + size)) for begin in range(0, len(owners), size or 1)]
+    return (parts.index(rows[process]), len(parts)) if all(held in parts for held in rows) else None
+
+
+def local_rows(array: Any) -> np.ndarray:
+    """This process's rows of an array [B, ...] that was computed from a batch which `shard_batch` gave."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    on_rows = jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), BATCH))
+    shards = {shard.index[0].start or 0: shard.data for shard in on_rows.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of a tree, whole on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The arrays of a tree, which every process has, whole on every device of the mesh."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), tree)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

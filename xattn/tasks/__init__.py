@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from xattn.config import check_keys, lookup
+from xattn.config import check_options, lookup
 from xattn.tasks.autoencoding import Autoencoding
 from xattn.tasks.classification import Classification
 from xattn.tasks.fewshot import FewShot
@@ -22,6 +22,6 @@ TASKS = {
 def build(config: Mapping[str, Any]) -> Any:
     """The task of a config: its `name` and its constructor's keywords; `UsageError` for others."""
     options = dict(config)
-    task = lookup(TASKS, options.pop("name"), "task")
-    check_keys(options, task, "config.task")
+    task = lookup(TASKS, options.pop("name", None), "task")
+    check_options(options, task, "config.task")
     return task(**options)

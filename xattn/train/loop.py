@@ -4,9 +4,13 @@ Position in the data, random numbers and the schedule are functions of the step 
 stopped at any moment continues, bit for bit, from its latest checkpoint: start the same command again.
 """
 
+import faulthandler
+import hashlib
+import json
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -15,14 +19,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from xattn import data, evals, models, tasks
-from xattn.checkpoints import Checkpoints, has_checkpoint, open_workdir
-from xattn.config import Config, UsageError, config_hash
-from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, shard_batch, use_mesh
+from xattn.checkpoints import Checkpoints, latest_step, open_workdir
+from xattn.config import Config, UsageError, check_config, check_options, config_hash, lookup
+from xattn.parallel import distributed, pmap
+from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, row_share, shard_batch, use_mesh
+from xattn.train.init_from import InitFrom, fit_pretrained, load_pretrained, start_from
 from xattn.train.optim import make_optimizer
-from xattn.train.pretrained import fit_pretrained, load_pretrained, start_from
-from xattn.train.reporting import Reporter
+from xattn.train.reporting import NotFinite, Reporter
 from xattn.train.state import abstract_state
 from xattn.train.step import make_train_step
 
@@ -31,23 +38,30 @@ class Preempted(Exception):
     """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
-def train(config: Config, workdir: Path) -> dict[str, Any]:
+def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, Any]:
     """Trains, or continues, the run of `config` in `workdir`; returns the results of its evaluations.
 
     Args:
       config: as one of `configs/` gives it.
       workdir: is created, or continued if it holds the same experiment.
+      debug_nans: stop at the first NaN and say which line made it; steps are slower.
 
     Raises:
       UsageError: something in the config, the data or the workdir that the user can put right.
-      NotFinite: more than `config.max_skipped` updates in a row were not finite.
+      NotFinite: more than `config.max_skipped` updates in a row were not finite, or a NaN with `debug_nans`.
       Preempted: after SIGTERM, once a checkpoint is written, or while evaluating.
     """
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
+    distributed.check_same("the start", {**_by_key(config), "--workdir": str(workdir)})
+    check_config(config)
+    check_options(config.mesh.to_dict(), make_mesh, "config.mesh")
     mesh = make_mesh(**config.mesh)
+    _check_mode(config, mesh, debug_nans)
+    mapped = config.mode == "pmap"
     batch_size = config.pipeline.batch_size
     check_batch(batch_size, config.accumulate_steps, mesh)
+    host, hosts = row_share(mesh)
     model = models.build(config.model.to_dict(), dtype=config.dtype)
     task = tasks.build(config.task.to_dict())
     optimizer, schedule = make_optimizer(
@@ -56,10 +70,24 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
+    with _misfits_named():
+        for where, spec in _evaluations(config).items():
+            evals.check(spec, model, config, where)
     given = None  # the weights of another run, if this one starts from them
-    if config.get("pretrained") and not has_checkpoint(workdir):
-        given = load_pretrained(Path(config.pretrained))
-    train_step = make_train_step(model, task, optimizer, schedule, config.accumulate_steps, config.ema_decay)
+    check_options(config.init_from.to_dict(), InitFrom, "config.init_from")
+    init_from = InitFrom(**config.init_from.to_dict())
+    if init_from.workdir and latest_step(workdir) is None:
+        given = load_pretrained(init_from)
+    train_step = make_train_step(
+        model,
+        task,
+        optimizer,
+        schedule,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+        max_skipped=config.max_skipped,
+        axis_name=pmap.AXIS if mapped else None,
+    )
     key = jax.random.key(config.seed)
 
     # State: planned, and the step traced, without memory; then restored into its shardings, or created in them,
@@ -69,62 +97,89 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         with _misfits_named():
             create, abstract, notes = abstract_state(model, task, optimizer, shapes, config.ema_decay > 0, mesh)
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-            lowered = step_fn.lower(abstract, shapes, key)
-        for where, spec in _evaluations(config).items():
-            evals.check(spec, model, config, where)
+            if mapped:
+                lowered = pmap.lower(train_step, abstract, shapes, key, mesh)
+            else:
+                step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+                lowered = step_fn.lower(abstract, shapes, key)
+        distributed.check_same("the step", {"the program of a step": _hash(lowered.as_text())})
         if given:
-            given = fit_pretrained(given, abstract)
-        open_workdir(workdir, config)
+            given = fit_pretrained(given, abstract, init_from)
+
+    # From here on the workdir is this run's alone.
+    with open_workdir(workdir, config):
         metric = config.validation.metric if config.validation else None
-        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
-        restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
-        state = create(key) if restored is None else replace(abstract, **restored[1], **restored[2])
-        if given:
-            state = start_from(given, state)
-        start = int(state.step)
-        if start > config.num_steps:
-            raise UsageError(
-                f"{workdir} is at step {start}, beyond config.num_steps {config.num_steps}: give {start} or more."
-            )
+        saved = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
+        with use_mesh(mesh), closing(saved) as checkpoints:
+            restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
+            state = create(key) if restored is None else replace(abstract, **restored[1], **restored[2])
+            if given and restored is None:
+                state = start_from(given, state)
+            start = int(state.step)
 
-        stop = threading.Event()
-        with (
-            closing(checkpoints),
-            Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
-            _on_sigterm(lambda *_: stop.set()),
-        ):
-            for note in notes:
-                report.say(f"not sharded: {note}")
-            report.say(_summary(config, state, mesh, workdir, start))
+            with (
+                Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
+                _asked_to_stop() as stop_after,
+                _watchdog(config.watchdog_seconds) as turn,
+            ):
+                for note in notes:
+                    report.say(f"not sharded: {note}")
+                report.say(_summary(config, state, mesh, workdir, start))
 
-            # The step, compiled ahead so that its time is told apart from the training's.
-            compiled = lowered.compile()
-            report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
+                # The step, compiled ahead so that its time is told apart from the training's.
+                update = _naming_nans(jax.jit(train_step)) if debug_nans else lowered.compile()
+                report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
-            # The loop: update, log, validate, save.
-            hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-            batches = data.batches(source, pipeline, start_step=start, num_steps=config.num_steps - start, **hosts)
-            for step, batch in enumerate(batches, start=start + 1):
-                state, metrics = compiled(state, shard_batch(batch, mesh), key)
-                last, stopping = step == config.num_steps, stop.is_set()
-                if step % config.log_every == 0 or last:
-                    report.train_row(step, metrics)
-                validated = None
-                if config.validation and (step % config.validation.every == 0 or last):
-                    validated = _validate(config, model, state)
-                    report.validation_row(step, validated)
-                if validated or step % config.checkpoint.every == 0 or last or stopping:
-                    report.flush()
-                    meta = {"config_hash": config_hash(config)}
-                    checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
-                if stopping:
-                    raise Preempted(f"stopped at step {step}; the same command continues from there.")
-            report.plot_curves()
+                # The loop: update, log, validate, save.
+                place = pmap.shard_by_device if mapped else shard_batch
+                batches = data.batches(
+                    source,
+                    pipeline,
+                    start_step=start,
+                    num_steps=config.num_steps - start,
+                    process_index=host,
+                    process_count=hosts,
+                )
+                for step, batch in enumerate(batches, start=start + 1):
+                    turn()
+                    state, metrics = update(state, place(batch, mesh), key)
+                    last, stopping = step == config.num_steps, stop_after(step)
+                    if step % config.log_every == 0 or last:
+                        report.train_row(step, metrics)
+                    validated = None
+                    if config.validation and (step % config.validation.every == 0 or last):
+                        validated = _validate(config, model, state)
+                        report.validation_row(step, validated)
+                    if validated or step % config.checkpoint.every == 0 or last or stopping:
+                        report.flush()
+                        meta = {"config_hash": config_hash(config)}
+                        checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
+                    if stopping:
+                        raise Preempted(f"stopped at step {step}; the same command continues from there.")
+                report.plot_curves()
 
-    # Evaluation of the checkpoint that `xattn.load` gives.
-    with _on_sigterm(_stop_evaluating):
-        return evals.evaluate_workdir(workdir)
+        # Evaluation of the checkpoint that `xattn.load` gives.
+        with _on_sigterm(_stop_evaluating):
+            return evals.evaluate_workdir(workdir)
+
+
+def _check_mode(config: Config, mesh: Any, debug_nans: bool) -> None:
+    """Raises `UsageError` for an unknown mode, or a mesh or a model that is not made for it."""
+    lookup({"jit": None, "pmap": None}, config.mode, "mode")
+    if config.mode == "pmap":
+        pmap.check_mesh(mesh)
+        if debug_nans:
+            raise UsageError("--debug-nans looks into the step of the mode 'jit': leave config.mode out.")
+        return
+    named = [
+        f"config.model.{path}"
+        for path, value in flatten_dict(config.model.to_dict(), sep=".").items()
+        if path.split(".")[-1] == "axis_name" and value
+    ]
+    if named:
+        raise UsageError(
+            f"{named[0]} is for the mode 'pmap': in the mode 'jit' BatchNorm averages over the whole batch without it."
+        )
 
 
 def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
@@ -134,6 +189,15 @@ def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
         spec = {key: value for key, value in config.validation.to_dict().items() if key not in ("every", "metric")}
         specs["config.validation"] = spec
     return specs
+
+
+def _by_key(config: Config) -> dict[str, str]:
+    """A hash of every key of the config, so that one that differs between processes can be named."""
+    return {f"config.{key}": _hash(json.dumps(value, sort_keys=True)) for key, value in config.to_dict().items()}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _validate(config: Config, model: Any, state: Any) -> dict[str, float]:
@@ -146,6 +210,7 @@ def _validate(config: Config, model: Any, state: Any) -> dict[str, float]:
 def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -> str:
     count = sum(np.prod(leaf.shape, dtype=int) for leaf in jax.tree.leaves(state.params))
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
+    shape += f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     where = f"continues at step {start}" if start else "starts"
     batch = config.pipeline.batch_size
     per_replica = batch // (num_replicas(mesh) * config.accumulate_steps)
@@ -166,6 +231,56 @@ def _misfits_named() -> Iterator[None]:
         if isinstance(error, TypeError) and "shape" not in str(error):  # a mistake in the program, not in the config
             raise
         raise UsageError(f"model, task and data of the config do not fit: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[int], bool]]:
+    """Tells after each step whether to save and stop, to every process of a run after the same one.
+
+    `jax.distributed` takes the SIGTERM of one process to the others, which agree on a step that none has done yet.
+    """
+    if jax.distributed.is_initialized():
+        yield multihost_utils.reached_preemption_sync_point
+    else:
+        stop = threading.Event()
+        with _on_sigterm(lambda *_: stop.set()):
+            yield lambda step: stop.is_set()
+
+
+def _naming_nans(step_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, which raises `NotFinite` with the line of our code that made a NaN.
+
+    jax finds it by running the step again, operation by operation: `step_fn` must not give its arguments away.
+    """
+
+    def update(state: Any, *rest: Any) -> Any:
+        try:
+            with jax.debug_nans(True):
+                return step_fn(state, *rest)
+        except FloatingPointError as error:
+            frames = [x for x in traceback.extract_tb(error.__traceback__) if "site-packages" not in x.filename]
+            where = f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}"
+            raise NotFinite(f"step {int(state.step) + 1}: {str(error).splitlines()[0]}, at {where}") from error
+
+    return update
+
+
+@contextmanager
+def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
+    """Gives what to call at every turn of a loop: with no call for `seconds`, the stacks of all threads go to stderr.
+
+    It ends nothing: what is slow goes on. 0 seconds turn it off.
+    """
+
+    def turn() -> None:
+        if seconds:
+            faulthandler.dump_traceback_later(seconds, file=2)  # not sys.stderr, which may be no file
+
+    try:
+        turn()
+        yield turn
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

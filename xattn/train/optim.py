@@ -1,12 +1,13 @@
 """Optimizers and schedules by config: optax, with weight-decay masks and frozen parameters."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from xattn.config import UsageError, check_keys, lookup
+from xattn.config import UsageError, check_options, lookup
 
 Schedule = Callable[[Any], Any]
 
@@ -106,6 +107,14 @@ def _scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationE
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def _shared(
+    *, learning_rate: float, schedule: Mapping[str, Any], clip_norm: float = 0.0, decay: str = "kernels"
+) -> None:
+    """The keywords of every optimizer."""
+
+
+_SHARED = tuple(inspect.signature(_shared).parameters)
+
 OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb}
 
 
@@ -158,14 +167,16 @@ def make_optimizer(
       UsageError: an unknown optimizer, schedule or key.
     """
     options = dict(config)
-    make = lookup(OPTIMIZERS, options.pop("name"), "optimizer")
-    schedule_options = dict(options.pop("schedule"))
-    make_schedule = lookup(SCHEDULES, schedule_options.pop("name"), "schedule")
-    learning_rate, clip_norm = options.pop("learning_rate"), options.pop("clip_norm", 0.0)
-    mask = decay_mask(options.pop("decay", "kernels"))
-    check_keys(options, make, "config.optimizer", also=("clip_norm", "decay"))
-    check_keys(schedule_options, make_schedule, "config.optimizer.schedule")
-    schedule = make_schedule(num_steps, learning_rate, **schedule_options)
+    make = lookup(OPTIMIZERS, options.pop("name", None), "optimizer")
+    shared = {key: options.pop(key) for key in _SHARED if key in options}
+    check_options(shared, _shared, "config.optimizer")
+    check_options(options, make, "config.optimizer", also=_SHARED)
+    mask = decay_mask(shared.get("decay", "kernels"))
+    schedule_options = dict(shared["schedule"])
+    make_schedule = lookup(SCHEDULES, schedule_options.pop("name", None), "schedule")
+    check_options(schedule_options, make_schedule, "config.optimizer.schedule")
+    schedule = make_schedule(num_steps, shared["learning_rate"], **schedule_options)
+    clip_norm = shared.get("clip_norm", 0.0)
     drop_frozen = optax.masked(optax.set_to_zero(), lambda params: _frozen(frozen, params))
     parts = [drop_frozen] if frozen else []
     parts += [optax.clip_by_global_norm(clip_norm)] if clip_norm else []

@@ -14,7 +14,9 @@ from absl import logging
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import scalar
 
 from xattn.config import write_atomically
 
@@ -64,9 +66,10 @@ class Reporter:
         keep = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in keep))
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tb"), purge_step=start_step + 1, flush_secs=30, filename_suffix=f".{start_step}"
-        )
+        (workdir / "tb").mkdir(exist_ok=True)
+        # Not SummaryWriter: when its thread has died of a full disk, it waits for it forever.
+        self._events = EventsWriter(str(workdir / "tb" / "events"), f".{start_step}")
+        self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was there from it on
         if self._stream.isatty():
             self._progress = Progress(
                 TextColumn("train"),
@@ -88,7 +91,7 @@ class Reporter:
             self._progress.stop()
         if self._writes:
             self._file.close()
-            self._tensorboard.close()
+            self._events.close()
 
     def train_row(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes a step's metrics, still on the device, and writes those of the call before."""
@@ -116,13 +119,15 @@ class Reporter:
         self._show_progress(step, row)
         if row["skipped"] > self._skipped:
             self._skipped = row["skipped"]
-            logging.warning(
-                "up to step %d, %d updates were left out: loss or gradient not finite", step, row["skipped"]
-            )
+            if self._writes:
+                logging.warning(
+                    "up to step %d, %d updates were left out: loss or gradient not finite", step, row["skipped"]
+                )
         if row["skipped_in_a_row"] > self._max_skipped:
+            first = step - int(row["skipped_in_a_row"]) + 1
             raise NotFinite(
-                f"the last {int(row['skipped_in_a_row'])} updates up to step {step} had a loss or gradient that was "
-                "not finite: lower the learning rate, or look at the data of these steps."
+                f"from step {first} on, more than config.max_skipped {self._max_skipped} updates in a row had a loss "
+                "or gradient that was not finite: lower the learning rate, or look at the data of these steps."
             )
 
     def _write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
@@ -131,7 +136,11 @@ class Reporter:
         self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            self._event(step, summary=scalar(f"{kind}/{name}", value))
+        self._events.flush()
+
+    def _event(self, step: int, **contents: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **contents))
 
     def _show_progress(self, step: int, row: Mapping[str, float]) -> None:
         if not self._writes:
@@ -140,8 +149,8 @@ class Reporter:
         rate = (step - self._clock[1]) / max(now - self._clock[0], 1e-9)
         self._clock = (now, step)
         examples = rate * self._batch_size
-        self._tensorboard.add_scalar("speed/steps_per_second", rate, step)
-        self._tensorboard.add_scalar("speed/examples_per_second", examples, step)
+        self._event(step, summary=scalar("speed/steps_per_second", rate))
+        self._event(step, summary=scalar("speed/examples_per_second", examples))
         shown = {name: row[name] for name in ("loss", "accuracy") if name in row}
         text = f"{_format(shown)}  {rate:.2f} steps/s  {examples:.1f} examples/s"
         if self._bar is not None:

@@ -22,6 +22,8 @@ def make_train_step(
     schedule: Schedule,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    max_skipped: int | None = None,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """The pure function `step(state, batch, key)` that `train/loop.py` compiles.
 
@@ -35,6 +37,11 @@ def make_train_step(
       accumulate_steps: microbatches a step; gradients and metrics are their means, so a step equals one
         on the whole batch for losses that are means over examples of equal weight.
       ema_decay: of the parameters' moving average; 0 keeps none.
+      max_skipped: after more steps than these in a row that are not finite none changes anything, so that a run whose
+        counters are looked at only now and then stops where it went wrong. None goes on.
+      axis_name: mapped axis (pmap, shard_map) whose replicas each have their rows of the batch. Gradients, metrics and
+        running statistics are averaged over it, so a step is that without it on the whole batch, for the same
+        losses as above; but each replica draws its own random numbers, and BatchNorm needs the name too.
     """
 
     def loss_fn(params: Any, model_state: Any, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple]:
@@ -76,7 +83,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(key, state.step)
+        if axis_name:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         grads, metrics, model_state = gradients(state, batch, rng)
+        if axis_name:
+            grads, metrics, model_state = jax.lax.pmean((grads, metrics, model_state), axis_name)
         norm = optax.tree.norm(grads)
         updates, opt_state = update_fn(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
@@ -84,6 +95,8 @@ def make_train_step(
             lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params if ema_decay else {}
         )
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        if max_skipped is not None:
+            finite &= state.skipped_in_a_row <= max_skipped
         updated = replace(state, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
         new = jax.tree.map(lambda good, old: jnp.where(finite, good, old), updated, state)
         new = replace(

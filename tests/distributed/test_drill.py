@@ -1,0 +1,14 @@
+"""A few cases of each row of the drill; `make drill` has all of them."""
+
+import pytest
+
+from tests.distributed.drill import ROWS
+
+COUNTS = {"kill": 2, "damage": 26, "sigterm": 1, "full disk": 1, "two runs": 1, "restore": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_machines_do_changes_nothing(name, tmp_path):
+    row, _ = ROWS[name]
+    print(row(tmp_path, COUNTS[name]))
