@@ -38,7 +38,7 @@ class Norm(NamedTuple):
 FOLDING_ROWS = 50
 """Moving the kernels takes as long as projecting about this many inputs (measured on a CPU, 768 and 1024 channels)."""
 CHUNKED_FROM = 2**23
-"""Bytes of scores from which on chunks are faster here, where keys and values are made in the chunk (measured on a CPU)."""
+"""Bytes of scores from which on chunks are faster here, where a chunk makes its keys and values (measured on a CPU)."""
 MARGIN = 0.75
 """Of the multiply-adds of projecting: with more than this, absorbing was not faster (measured on a CPU)."""
 
