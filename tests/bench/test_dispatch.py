@@ -15,7 +15,7 @@ def blocks(**sizes):
 
 @pytest.mark.parametrize(
     ("sizes", "chosen"),
-    [((1, 2048, 2048, 8, 64), "chunked 512"), ((1, 512, 2048, 8, 64), "xla"), ((16, 1024, 256, 8, 32), "xla")],
+    [((1, 2048, 2048, 8, 64), "chunked 256"), ((1, 512, 1024, 8, 64), "xla"), ((2, 4096, 77, 8, 40), "xla")],
 )
 def test_the_goal_is_of_what_attention_chooses(sizes, chosen):
     forward, gradients = blocks(attention=(Attention(*sizes),))
