@@ -197,6 +197,7 @@ def damage(folder: Path, count: int) -> str:
         again.close()
         assert again.steps()[-1] == 3
         shutil.rmtree(workdir)
+    assert all(outcomes.values()), f"{outcomes}: some damage must be harmful, and some must not"
     return f"{len(chosen)} of {len(cases)} cases: {outcomes[2]} times identical, {outcomes[1]} times the one before"
 
 

@@ -49,7 +49,7 @@ class TestBfloat16:
     def test_other_precisions_change_nothing(self, equation, shapes):
         a, b = arrays(*shapes)
         with jax.default_matmul_precision("bfloat16"):
-            np.testing.assert_array_equal(einsum(equation, a, b), einsum(equation, a, b))
+            np.testing.assert_array_equal(einsum(equation, a, b), jnp.einsum(equation, a, b))
         np.testing.assert_array_equal(einsum(equation, a, b), jnp.einsum(equation, a, b))
 
 

@@ -25,7 +25,7 @@ from xattn.evals.masked_language import check_masked_language, describe_masked_l
 from xattn.evals.optical_flow import check_optical_flow, describe_optical_flow, optical_flow
 from xattn.models import build
 from xattn.parallel.distributed import check_same, exchange, first
-from xattn.parallel.mesh import evaluation_mesh, replicate, use_mesh
+from xattn.parallel.mesh import evaluation_mesh, make_mesh, replicate, use_mesh
 
 
 class Protocol(NamedTuple):
@@ -126,7 +126,9 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
             name = next((name for name, spec in specs.items() if spec["name"] == kind), None)
             path = workdir / "plots" / f"{kind}_{found}.png"
             if protocol.draw and name and not (name in kept and path.is_file()):
-                print(f"an example of {kind}: {protocol.draw(model, variables, config, path, specs[name])}")
+                with use_mesh(make_mesh(data=1)):
+                    drawn = protocol.draw(model, variables, config, path, specs[name])
+                print(f"an example of {kind}: {drawn}")
     exchange("the end of the evaluation", "")
     return results
 

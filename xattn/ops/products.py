@@ -16,10 +16,11 @@ def einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype:
     `jax.default_matmul_precision("BF16_BF16_F32")` (or the variable JAX_DEFAULT_MATMUL_PRECISION) multiplies float32
     operands as bfloat16 and sums in float32. XLA does so on accelerators, but multiplies float32 on CPUs, some of which
     do twice as many products of bfloat16. Here, float32 operands are rounded there, as the cotangent is backward;
-    results and gradients are float32.
+    results and gradients are float32, and derivatives are in reverse mode only.
 
     Args:
-      equation: with two operands, no ellipsis, and no letter that only one operand has and the result lacks.
+      equation: with two operands, an ellipsis only for equal axes of both, and no letter that only one operand has and
+        the result lacks.
       a, b: of one dtype.
       dtype: of the result and, at least, of the sum; that of the operands by default.
     """

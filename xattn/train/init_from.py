@@ -7,6 +7,7 @@ Arrays of the same name and shape are taken over, rounded to this model's dtypes
     head*        classifiers for another number of classes start anew
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ class InitFrom:
     """
 
     workdir: str = ""
-    step: str = "best"
+    step: str | int = "best"
     take: tuple[str, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
     fresh: tuple[str, ...] = ()
@@ -81,7 +82,9 @@ def fit_pretrained(given: Mapping[str, np.ndarray], abstract: TrainState, spec: 
             fitted[path] = given[path]
         elif any(name.startswith("head") for name in names):
             continue
-        elif path in wanted and path in given and names[-1].startswith("pos_embed"):
+        elif (
+            path in wanted and path in given and names[-1].startswith("pos_embed") and _grids(given[path], wanted[path])
+        ):
             fitted[path] = resize_tokens(jnp.asarray(given[path]), wanted[path].shape[1])
         else:
             held, asked = (tuple(tree[path].shape) if path in tree else "nothing" for tree in (given, wanted))
@@ -90,6 +93,14 @@ def fit_pretrained(given: Mapping[str, np.ndarray], abstract: TrainState, spec: 
                 "but for image sizes and classes, or name what differs in config.init_from.take, rename or fresh."
             )
     return fitted
+
+
+def _grids(name: str, *tokens: Any) -> bool:
+    """Whether these are positions [1, N, C] of one C, each of a class token and a square of patches."""
+    square = name.startswith("pos_embed") and all(
+        x.ndim == 3 and math.isqrt(x.shape[1] - 1) ** 2 == x.shape[1] - 1 for x in tokens
+    )
+    return square and len({x.shape[::2] for x in tokens}) == 1
 
 
 def _within(path: str, name: str) -> bool:

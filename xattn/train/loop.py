@@ -17,8 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
@@ -34,8 +36,8 @@ from xattn.train.state import abstract_state
 from xattn.train.step import make_train_step
 
 
-class Preempted(Exception):
-    """The run was asked to stop (SIGTERM) and has saved its state."""
+class Preempted(BaseException):
+    """The run was asked to stop (SIGTERM) and has saved its state. No `Exception`, lest a handler of errors take it."""
 
 
 def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, Any]:
@@ -53,7 +55,8 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
     """
     # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
-    distributed.check_same("the start", {**_by_key(config), "--workdir": str(workdir)})
+    flags = {"--workdir": str(workdir), "--debug-nans": str(debug_nans)}
+    distributed.check_same("the start", _by_key(config) | flags)
     check_config(config)
     check_options(config.mesh.to_dict(), make_mesh, "config.mesh")
     mesh = make_mesh(**config.mesh)
@@ -102,7 +105,8 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
             else:
                 step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
                 lowered = step_fn.lower(abstract, shapes, key)
-        distributed.check_same("the step", {"the program of a step": _hash(lowered.as_text())})
+        if jax.process_count() > 1:
+            distributed.check_same("the step", {"the program of a step": _hash(lowered.as_text())})
         if given:
             given = fit_pretrained(given, abstract, init_from)
 
@@ -152,11 +156,14 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
                         report.validation_row(step, validated)
                     if validated or step % config.checkpoint.every == 0 or last or stopping:
                         report.flush()
+                        report.check(step, metrics)  # a state that takes no more updates is not to be continued
                         meta = {"config_hash": config_hash(config)}
                         checkpoints.save(step, state.inference_part(), state.training_part(), meta, validated)
                     if stopping:
                         raise Preempted(f"stopped at step {step}; the same command continues from there.")
                 report.plot_curves()
+                if stop_after(config.num_steps + 1):
+                    raise Preempted(f"stopped at step {config.num_steps}; the same command continues from there.")
 
         # Evaluation of the checkpoint that `xattn.load` gives.
         with _on_sigterm(_stop_evaluating):
@@ -258,7 +265,8 @@ def _naming_nans(step_fn: Callable[..., Any]) -> Callable[..., Any]:
             with jax.debug_nans(True):
                 return step_fn(state, *rest)
         except FloatingPointError as error:
-            frames = [x for x in traceback.extract_tb(error.__traceback__) if "site-packages" not in x.filename]
+            libraries = tuple(library.__path__[0] for library in (jax, flax, optax))
+            frames = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith(libraries)]
             where = f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}"
             raise NotFinite(f"step {int(state.step) + 1}: {str(error).splitlines()[0]}, at {where}") from error
 

@@ -123,8 +123,13 @@ class Reporter:
                 logging.warning(
                     "up to step %d, %d updates were left out: loss or gradient not finite", step, row["skipped"]
                 )
-        if row["skipped_in_a_row"] > self._max_skipped:
-            first = step - int(row["skipped_in_a_row"]) + 1
+        self.check(step, row)
+
+    def check(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raises `NotFinite` if more than `max_skipped` updates in a row were left out up to `step`."""
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if in_a_row > self._max_skipped:
+            first = step - in_a_row + 1
             raise NotFinite(
                 f"from step {first} on, more than config.max_skipped {self._max_skipped} updates in a row had a loss "
                 "or gradient that was not finite: lower the learning rate, or look at the data of these steps."

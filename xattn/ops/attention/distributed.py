@@ -41,9 +41,6 @@ BATCH, HEADS = ("data", "fsdp"), ("tensor",)
 """Those that batch and heads are split over, where they divide them: as in the rules of `xattn.parallel.mesh`."""
 _Axes = str | tuple[str, ...] | None
 
-KEY_CHUNK = 256
-"""Keys in a block: all gathered queries stand beside them, and longer blocks were not faster (measured on a CPU)."""
-
 
 def attend(
     query: Float[Array, "*B N H D"],
@@ -108,8 +105,7 @@ class _Plan(NamedTuple):
 
     def settings(self, query: Any, key: Any, value: Any) -> chunked.Settings:
         """Those of the blocks in which these queries attend to these keys."""
-        key_chunk = self.key_chunk_size or KEY_CHUNK
-        sizes = chunked.block_size(query.shape, key.shape[-3], self.query_chunk_size, key_chunk)
+        sizes = chunked.block_size(query.shape, key.shape[-3], self.query_chunk_size, self.key_chunk_size)
         wide = jnp.promote_types(value.dtype, jnp.float32)
         return chunked.Settings(*sizes, self.logits_soft_cap, self.dropout_rate, _as_they_are, wide)
 
