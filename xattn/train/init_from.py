@@ -82,9 +82,7 @@ def fit_pretrained(given: Mapping[str, np.ndarray], abstract: TrainState, spec: 
             fitted[path] = given[path]
         elif any(name.startswith("head") for name in names):
             continue
-        elif (
-            path in wanted and path in given and names[-1].startswith("pos_embed") and _grids(given[path], wanted[path])
-        ):
+        elif path in wanted and path in given and _grids(names[-1], given[path], wanted[path]):
             fitted[path] = resize_tokens(jnp.asarray(given[path]), wanted[path].shape[1])
         else:
             held, asked = (tuple(tree[path].shape) if path in tree else "nothing" for tree in (given, wanted))
@@ -97,10 +95,8 @@ def fit_pretrained(given: Mapping[str, np.ndarray], abstract: TrainState, spec: 
 
 def _grids(name: str, *tokens: Any) -> bool:
     """Whether these are positions [1, N, C] of one C, each of a class token and a square of patches."""
-    square = name.startswith("pos_embed") and all(
-        x.ndim == 3 and math.isqrt(x.shape[1] - 1) ** 2 == x.shape[1] - 1 for x in tokens
-    )
-    return square and len({x.shape[::2] for x in tokens}) == 1
+    square = all(x.ndim == 3 and math.isqrt(x.shape[1] - 1) ** 2 == x.shape[1] - 1 for x in tokens)
+    return name.startswith("pos_embed") and square and len({x.shape[::2] for x in tokens}) == 1
 
 
 def _within(path: str, name: str) -> bool:
