@@ -151,7 +151,7 @@ def test_a_step_that_takes_too_long_tells_where_it_is(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(data, "batches", stuck)
     train(smoke(num_steps=3, watchdog_seconds=0.5), tmp_path)
-    assert re.search(r"Timeout .*\n(.*\n)*Thread .* \(most recent call first\)", "".join(told))
+    assert re.search(r"no step for 0.5 s; .*\n(.*\n)*Thread MainThread \(most recent call last\)", "".join(told))
     assert len(losses(tmp_path)) == 3  # it ended nothing
 
 

@@ -4,10 +4,11 @@ Position in the data, random numbers and the schedule are functions of the step 
 stopped at any moment continues, bit for bit, from its latest checkpoint: start the same command again.
 """
 
-import faulthandler
 import hashlib
 import json
+import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -279,16 +280,35 @@ def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
 
     It ends nothing: what is slow goes on. 0 seconds turn it off.
     """
+    turned, ended = threading.Event(), threading.Event()
 
-    def turn() -> None:
-        if seconds:
-            faulthandler.dump_traceback_later(seconds, file=2)  # not sys.stderr, which may be no file
+    def watch() -> None:
+        while not ended.is_set():
+            if not turned.wait(seconds):
+                os.write(2, _stacks(seconds).encode())
+                turned.wait()
+            turned.clear()
 
+    if not seconds:
+        yield lambda: None
+        return
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
     try:
-        turn()
-        yield turn
+        yield turned.set
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        ended.set()
+        turned.set()
+        thread.join()
+
+
+def _stacks(seconds: float) -> str:
+    """What every thread is doing. `faulthandler` would look without Python's lock, and may crash a run that is fine."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = [f"no step for {seconds:g} s; what the threads of process {jax.process_index()} are doing:\n"]
+    for ident, frame in sys._current_frames().items():
+        lines += [f"Thread {names.get(ident, ident)} (most recent call last):\n", *traceback.format_stack(frame)]
+    return "".join(lines)
 
 
 @contextmanager

@@ -352,7 +352,10 @@ def test_chunks_take_less_than_a_tenth_of_the_memory(gradient):
         (4096, 77, {}, "xla"),
         (512, 50176, {}, "chunked"),
         # Many queries of few keys: the scores are large, but a row of them is shorter than one chunk.
-        (50176, 512, {}, "xla"),
+        (50176, 255, {}, "xla"),
+        (50176, 256, {}, "chunked"),
+        (512, 16383, {}, "xla"),
+        (512, 16384, {}, "chunked"),
         (16, 16, {"key_chunk_size": 4}, "chunked"),
         (512, 50176, {"implementation": "xla"}, "xla"),
         (16, 16, {"implementation": "reference"}, "reference"),
