@@ -1,10 +1,15 @@
 """Each choice by sizes has its neighbours beside it, and a goal against each of them."""
 
+import functools
+import re
+
+import jax
 import pytest
 
 from xattn.bench import Request, dispatch
 from xattn.bench.dispatch import Attention, Layer
 from xattn.bench.measure import run_case
+from xattn.ops.attention import dot_product_attention
 
 REQUEST = Request("dispatch", budget_s=0.0, mode="one-core", threads=1)
 
@@ -30,6 +35,23 @@ def test_the_goal_is_of_what_the_layer_chooses(sizes, chosen):
     forward, _ = blocks(layers=(Layer(*sizes),))
     (goal,) = forward.goals
     assert (goal.row, goal.against) == (chosen, {"absorbed": "projected", "projected": "absorbed"}[chosen])
+
+
+@pytest.mark.parametrize("sizes", dispatch.ATTENTION)
+def test_what_is_said_to_be_chosen_is_what_runs(sizes):
+    forward, _ = blocks(attention=(sizes,))
+    b, n, m, h, d = sizes
+    qkv = [jax.ShapeDtypeStruct((b, length, h, d), "float32") for length in (n, m, m)]
+    chosen = forward.goals[0].row
+    named = {"implementation": "xla"} if chosen == "xla" else {"key_chunk_size": int(chosen.split()[1])}
+    programs = [
+        str(jax.make_jaxpr(functools.partial(dot_product_attention, **options))(*qkv)) for options in ({}, named)
+    ]
+    assert _without_addresses(programs[0]) == _without_addresses(programs[1])
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", text)
 
 
 def test_all_ways_agree_and_each_goal_gets_a_verdict():

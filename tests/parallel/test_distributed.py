@@ -61,6 +61,11 @@ def test_flags_go_before_the_environment(started):
     ]
 
 
+def test_a_process_may_be_told_that_it_is_alone(started):
+    start(num_processes=1, environment={"JOB_COMPLETION_INDEX": "3"})
+    assert started == []
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [

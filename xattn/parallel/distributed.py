@@ -62,14 +62,16 @@ def start(
     Args:
       coordinator: HOST:PORT, a free port of the machine of process 0, that every process can reach.
       num_processes, process_id: how many there are, and which of them this is, from 0. Either all three are given,
-        or none: then the environment tells whether there are others (`CLUSTERS`).
+        or none: then the environment tells whether there are others (`CLUSTERS`). A `num_processes` of 1 alone: none.
       heartbeat_timeout: seconds after which a silent process counts as dead; the runtime then ends the others.
       initialization_timeout: seconds to wait for the others to come.
       environment: what to look for clusters in.
 
     Raises:
-      UsageError: some of the three are missing or don't fit, or the other processes did not come.
+      UsageError: some of the three are missing or don't fit, or the cluster could not be asked.
     """
+    if (coordinator, num_processes, process_id) == (None, 1, None):
+        return
     flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [name for name, value in flags.items() if value is None]
     if 0 < len(missing) < len(flags):
