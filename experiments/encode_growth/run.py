@@ -92,9 +92,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     seconds = times(budget_s=40.0)
     memory = {(what, rows): memory_mb(what, rows) for what in PASSES for rows in SIZES}
-    print(
-        "| pass | rows | seconds | microseconds an additional row | MB above inputs and outputs |\n|---|---|---|---|---|"
-    )
+    print("| pass | rows | seconds | microseconds an additional row | MB above inputs and outputs |")
+    print("|---|---|---|---|---|")
     for what in PASSES:
         a_row = np.diff([seconds[what, rows] for rows in SIZES]) / np.diff(SIZES)
         for rows, added in zip(SIZES, ["", *(f"{1e6 * x:.2f}" for x in a_row)], strict=True):
