@@ -7,7 +7,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xattn.analysis.collectives import Traffic, count_collectives
+from xattn.analysis.collectives import Traffic, count_collectives, gathered_at_once
+from xattn.analysis.step_cost import COMPILER_OPTIONS
 from xattn.parallel.mesh import make_mesh
 
 MESH = make_mesh(2, 4)  # the groups of `fsdp` have four devices, those of `data` two
@@ -143,3 +144,54 @@ def test_asynchronous_collectives_count_their_result_once():
         "all-reduce": Traffic(1, 2 * 3 * (32 + 16) // 4),
         "reduce-scatter": Traffic(1, 3 * 8),
     }
+
+
+# What is gathered, and how long it is held
+
+
+def gathered(function):
+    """Bytes held at once, of a function of the shards [4, 6] of eight arrays."""
+    mapped = jax.shard_map(function, mesh=MESH, in_specs=SPLIT, out_specs=SPLIT, check_vma=False)
+    return gathered_at_once(jax.jit(mapped).lower([X] * 4).compile(COMPILER_OPTIONS).as_text())
+
+
+def whole(x):
+    return lax.all_gather(x, "fsdp", tiled=True)
+
+
+def one_after_another(xs):
+    total = xs[0]
+    for x in xs:
+        total = jnp.tanh(total @ whole(x).T @ whole(x)[:, :6])
+    return total
+
+
+def all_at_the_end_again(xs):
+    """Each is used at once, and again after all others."""
+    wholes = []
+    total = xs[0]
+    for x in xs:
+        x, total = lax.optimization_barrier((x, total))  # gathered when it is needed
+        wholes.append(whole(x))
+        total = jnp.tanh(total @ wholes[-1].T @ wholes[-1])
+    for w in wholes[::-1]:
+        total = jnp.tanh(total @ w.T @ w)
+    return total
+
+
+def in_a_loop(xs):
+    first = whole(xs[0])
+
+    def layer(total, x):
+        return jnp.tanh(total @ whole(x).T @ first), None
+
+    return lax.scan(layer, xs[0], jnp.stack(xs))[0]
+
+
+@pytest.mark.parametrize(("function", "arrays"), [(one_after_another, 1), (all_at_the_end_again, 4), (in_a_loop, 2)])
+def test_what_is_gathered_is_held_until_its_last_use(function, arrays):
+    assert gathered(function) == arrays * 4 * SHARD
+
+
+def test_nothing_is_gathered():
+    assert gathered(lambda xs: xs[0] + lax.psum(xs[1], "data")) == 0

@@ -71,7 +71,7 @@ def start(workdir: Path, steps: int, *flags: str, processes: int = 1, limit: int
             [sys.executable, "-m", "xattn", words[0], *(f"--{word}" for word in (*words[1:], *flags))],
             stdout=log,
             stderr=log,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(launch.ROOT)},
+            env=launch.environment(num_devices=1),
             cwd=launch.ROOT,
             preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
         )
@@ -276,9 +276,12 @@ def stuck(folder: Path, count: int) -> str:
 
 def full_disk(folder: Path, count: int) -> str:
     """A disk without room, where one can be mounted, and files that may not grow: one sentence, and what was saved."""
-    wide = "config.model.encoder.widths=32,32,32,32"  # so that the arrays are larger than what a run writes besides
+    wide = (
+        "config.model.encoder.widths=32,32,32,32",  # so that the arrays are larger than what a run writes besides
+        UNTIMED[0],
+    )
     untouched = folder / "untouched"
-    finish(untouched, 12, wide)
+    finish(untouched, 12, *wide)
     disk = folder / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]
@@ -287,12 +290,12 @@ def full_disk(folder: Path, count: int) -> str:
         for number in range(count):
             on_disk = mounted and number % 2 == 0
             workdir = (disk if on_disk else folder) / f"run_{number}"
-            finish(workdir, 4, wide)
+            finish(workdir, 4, *wide)
             before = checkpoints(workdir)
             if on_disk:
                 free = shutil.disk_usage(disk).free
                 (disk / "fill").write_bytes(bytes(max(0, free - 50_000 * number)))
-            running = start(workdir, 12, wide, limit=None if on_disk else 24_000)
+            running = start(workdir, 12, *wide, limit=None if on_disk else 24_000)
             assert launch.finish(running, BOUNDED) == [2], said(running)
             assert running[0].printed().count("can't be written to") == 1, said(running)
             # TensorStore may print tracebacks of writes that failed besides; none of them is of our code.
@@ -300,7 +303,7 @@ def full_disk(folder: Path, count: int) -> str:
             assert "xattn/" not in running[0].printed(), said(running)
             assert set(checkpoints(workdir)) >= set(before[-1:])
             (disk / "fill").unlink(missing_ok=True)
-            finish(workdir, 12, wide)
+            finish(workdir, 12, *wide)
             assert_untouched(workdir, untouched, "after a full disk")
             shutil.rmtree(workdir)
     finally:

@@ -31,6 +31,13 @@ class Process:
         return self.output.read_text(errors="replace")
 
 
+def environment(num_devices: int) -> dict[str, str]:
+    """Variables for a process of this checkout with so many devices, and with the other flags of this process."""
+    # Of two settings of one flag, XLA takes the last.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+
+
 def start(
     program: str | Sequence[str],
     *words: str | Path,
@@ -50,9 +57,6 @@ def start(
         port = probe.getsockname()[1]
     command = [program] if isinstance(program, str) else [*program]
     command = ["-m", "tests.distributed.launch", *command] if isinstance(program, str) else command
-    # Of two settings of one flag, XLA takes the last.
-    devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices, "PYTHONPATH": str(ROOT)}
     folder.mkdir(parents=True, exist_ok=True)
     processes = []
     for index in range(num_processes):
@@ -63,7 +67,7 @@ def start(
                 [sys.executable, *command, *map(str, words), *meeting],
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=environment(num_devices),
                 cwd=ROOT,
             )
         processes.append(Process(popen, output))

@@ -4,7 +4,7 @@ import pytest
 
 from tests.distributed.drill import ROWS
 
-COUNTS = {"kill": 2, "damage": 26, "sigterm": 1, "full disk": 1, "two runs": 1, "restore": 4}
+COUNTS = {"kill": 1, "damage": 26, "sigterm": 1, "full disk": 1, "two runs": 1, "restore": 4}
 
 
 @pytest.mark.slow

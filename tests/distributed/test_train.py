@@ -14,7 +14,7 @@ from tests.distributed import launch
 from xattn import cli, data
 from xattn.config import Config, UsageError, load_config
 from xattn.parallel.distributed import fetch
-from xattn.train import loop, train
+from xattn.train import plan, train
 from xattn.train.state import abstract_state
 
 HERE = "tests.distributed.test_train"
@@ -62,11 +62,11 @@ def train_and_tell(config: Config, folder: Path) -> None:
 
         return create_and_tell, abstract, notes
 
-    loop.abstract_state = telling
+    plan.abstract_state = telling
     try:
         train(config, folder / "run")
     finally:
-        loop.abstract_state = abstract_state
+        plan.abstract_state = abstract_state
 
 
 def on_both(name: str, folder: str) -> None:
@@ -120,8 +120,8 @@ def disagree(folder: str) -> None:
     with pytest.raises(UsageError) as error:
         train(config, workdir)
     said.append(str(error.value))
-    config.seed, make = 0, loop.make_train_step
-    loop.make_train_step = lambda *args, **keywords: make(*args, **keywords | {"max_skipped": index})
+    config.seed, make = 0, plan.make_train_step
+    plan.make_train_step = lambda *args, **keywords: make(*args, **keywords | {"max_skipped": index})
     with pytest.raises(UsageError) as error:
         train(config, workdir)
     said.append(str(error.value))
@@ -129,7 +129,7 @@ def disagree(folder: str) -> None:
         assert not workdir.exists()
         workdir.mkdir()
         (workdir / "thesis.tex").touch()
-    loop.make_train_step = make
+    plan.make_train_step = make
     with pytest.raises(UsageError) as error:
         train(config, workdir)
     said.append(str(error.value))

@@ -75,6 +75,42 @@ def count_collectives(hlo: str) -> dict[str, Traffic]:
     return within(entry)
 
 
+# What hands on an array whole, perhaps laid out in another way.
+_HANDED_ON = ("bitcast", "convert", "copy", "get-tuple-element", "opt-barrier", "reshape", "transpose", "tuple")
+
+
+def gathered_at_once(hlo: str) -> int:
+    """The most bytes of all-gathers' outputs that one device holds at any moment of a compiled program.
+
+    An output is held from its all-gather to the last use of it or of a copy of it, in the order in which the program
+    is scheduled. What a loop gathers in its body counts while it runs.
+    """
+    entry, computations = _computations(hlo)
+
+    @functools.cache
+    def within(computation: str) -> int:
+        sizes: dict[str, int] = {}  # of what is gathered here
+        sources: dict[str, set[str]] = {}  # of each array that is gathered, or a copy of such: whose
+        held: dict[str, tuple[int, int]] = {}
+        inner = []
+        for moment, instruction in enumerate(computations[computation]):
+            name, op, attributes = instruction["name"], instruction["op"], instruction["attributes"]
+            operands = re.findall(r"%([\w.\-]+)", instruction["operands"])
+            used = set().union(*(sources.get(operand, ()) for operand in operands))
+            held |= {source: (held[source][0], moment) for source in used}
+            if op.removesuffix("-start") == "all-gather":
+                sizes[name], sources[name], held[name] = _result_bytes(instruction), {name}, (moment, moment)
+            elif op in _HANDED_ON or op.endswith(("-start", "-done")) or (op == "fusion" and len(operands) == 1):
+                sources[name] = used
+            called = _called(attributes, "body", "condition", "branch_computations", "calls", "to_apply")
+            inner.append(max(map(within, called), default=0))
+        moments = range(len(inner))
+        alive = [sum(sizes[name] for name, (begin, end) in held.items() if begin <= t <= end) for t in moments]
+        return max((here + there for here, there in zip(alive, inner, strict=True)), default=0)
+
+    return within(entry)
+
+
 def _add(total: dict[str, Traffic], part: dict[str, Traffic], times: int = 1) -> None:
     for kind, traffic in part.items():
         before = total.get(kind, Traffic(0, 0))

@@ -12,20 +12,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
-from xattn import data, models, tasks
-from xattn.analysis.collectives import count_collectives
+from xattn.analysis.collectives import count_collectives, gathered_at_once
 from xattn.config import Config, UsageError, check_keys
-from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, use_mesh
-from xattn.train.optim import make_optimizer
-from xattn.train.state import abstract_state
-from xattn.train.step import make_train_step
+from xattn.parallel.mesh import make_mesh
+from xattn.train.plan import make_plan
 
-# The program is not run: machine code need not be good, which takes LLVM most of the time.
-_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# The program is not run: machine code need not be good, which takes LLVM most of the time. Operations are ordered so
+# that little is held at once, as on accelerators: a CPU would rather start all that it can.
+COMPILER_OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -60,30 +61,6 @@ def simulate_devices(count: int) -> None:
             ) from error
 
 
-def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Any, dict[str, Any], list[str]]:
-    """The training step of `config` as `xattn.train` lowers it on a mesh, without allocating its arrays.
-
-    Returns:
-      `(lowered, state, batch, notes)`: what `.compile()` takes on; the shapes with shardings of a state and of a batch;
-      what the start of training lists as not sharded.
-
-    Raises:
-      UsageError: mesh and batch do not fit.
-    """
-    check_batch(config.pipeline.batch_size, config.accumulate_steps, mesh)
-    model = models.build(config.model.to_dict(), dtype=config.dtype)
-    task = tasks.build(config.task.to_dict())
-    frozen = getattr(model, "frozen_parameters", ())
-    optimizer, schedule = make_optimizer(config.optimizer.to_dict(), config.num_steps, frozen)
-    train_step = make_train_step(model, task, optimizer, schedule, config.accumulate_steps, config.ema_decay)
-    with use_mesh(mesh):
-        batch = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
-        _, state, notes = abstract_state(model, task, optimizer, batch, config.ema_decay > 0, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-        return step.lower(state, batch, jax.random.key(0)), state, batch, notes
-
-
 def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
     """Compiles the training step of `config` for a mesh ahead of time, without allocating its arrays.
 
@@ -96,7 +73,8 @@ def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
       model, mesh, batch_size: the sizes of all axes; examples of the whole batch;
       memory: bytes on one device: `parameters`, `optimizer_state`, `moving_average`, `model_state` and `batch`, which
         with the counters are the `arguments`; `outputs`, of which `outputs_in_place` take the place of arguments;
-        `temporaries`; and their `peak`, arguments + outputs - outputs_in_place + temporaries;
+        `temporaries`, of which `gathered_at_once` are what other devices hold parts of; and the
+        `peak`, arguments + outputs - outputs_in_place + temporaries;
       collectives: for each kind its `count`, and the `bytes` that one device sends, as `count_collectives` has them;
       not_sharded: what the start of training lists.
 
@@ -104,9 +82,9 @@ def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
       UsageError: mesh, batch and devices do not fit.
     """
     mesh = make_mesh(**mesh_sizes)
-    lowered, state, batch, notes = lower_step(config, mesh)
-    compiled: Any = lowered.compile(_COMPILER_OPTIONS)
-    memory = compiled.memory_analysis()
+    plan = make_plan(config, mesh)
+    state, compiled = plan.state, plan.lowered.compile(COMPILER_OPTIONS)
+    program, memory = compiled.as_text(), compiled.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     return {
         "model": config.model.name,
@@ -117,17 +95,18 @@ def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
             "optimizer_state": _bytes_on_a_device(state.opt_state),
             "moving_average": _bytes_on_a_device(state.ema),
             "model_state": _bytes_on_a_device(state.model_state),
-            "batch": _bytes_on_a_device(batch),
+            "batch": _bytes_on_a_device(plan.batch),
             "arguments": arguments,
             "outputs": outputs,
             "outputs_in_place": memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
+            "gathered_at_once": gathered_at_once(program),
             "peak": arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         },
         "collectives": {
-            kind: dataclasses.asdict(traffic) for kind, traffic in sorted(count_collectives(compiled.as_text()).items())
+            kind: dataclasses.asdict(traffic) for kind, traffic in sorted(count_collectives(program).items())
         },
-        "not_sharded": notes,
+        "not_sharded": plan.notes,
     }
 
 

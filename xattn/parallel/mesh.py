@@ -7,7 +7,7 @@ parameters among them), `tensor` (heads and hidden units) and `sequence` (keys o
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -102,6 +102,17 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Makes `mesh` and the logical rules current: sharding constraints in modules refer to both."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
+
+
+def gather_for_each_pass(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for `jax.grad` whose backward pass gathers parameters anew where the current mesh has an `fsdp` axis.
+
+    Otherwise a device would keep each layer's gathered parameters from the forward to the backward pass, which ends in
+    all parameters at once. What the forward pass computed is kept as ever.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return loss_fn
+    return jax.checkpoint(loss_fn, policy=jax.checkpoint_policies.everything_saveable)
 
 
 def without_names(tree: Any) -> Any:

@@ -22,19 +22,16 @@ import flax
 import jax
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from xattn import data, evals, models, tasks
+from xattn import data, evals
 from xattn.checkpoints import Checkpoints, latest_step, open_workdir
-from xattn.config import Config, UsageError, check_config, check_options, config_hash, lookup
+from xattn.config import Config, UsageError, check_config, check_options, config_hash
 from xattn.parallel import distributed, pmap
-from xattn.parallel.mesh import batch_shapes, check_batch, make_mesh, num_replicas, row_share, shard_batch, use_mesh
+from xattn.parallel.mesh import make_mesh, num_replicas, row_share, shard_batch, use_mesh
 from xattn.train.init_from import InitFrom, fit_pretrained, load_pretrained, start_from
-from xattn.train.optim import make_optimizer
+from xattn.train.plan import check_layout, make_plan, misfits_named
 from xattn.train.reporting import NotFinite, Reporter
-from xattn.train.state import abstract_state
-from xattn.train.step import make_train_step
 
 
 class Preempted(BaseException):
@@ -54,89 +51,59 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
       NotFinite: more than `config.max_skipped` updates in a row were not finite, or a NaN with `debug_nans`.
       Preempted: after SIGTERM, once a checkpoint is written, or while evaluating.
     """
-    # Mesh, model, task, optimizer: all that can be wrong in a config is found before anything is written.
+    # Mesh, data, model, step, evaluations: all that can be wrong in a config is found before anything is written.
     began = time.perf_counter()
     flags = {"--workdir": str(workdir), "--debug-nans": str(debug_nans)}
     distributed.check_same("the start", _by_key(config) | flags)
     check_config(config)
     check_options(config.mesh.to_dict(), make_mesh, "config.mesh")
     mesh = make_mesh(**config.mesh)
-    _check_mode(config, mesh, debug_nans)
-    mapped = config.mode == "pmap"
-    batch_size = config.pipeline.batch_size
-    check_batch(batch_size, config.accumulate_steps, mesh)
+    check_layout(config, mesh)
+    if debug_nans and config.mode == "pmap":
+        raise UsageError("--debug-nans looks into the step of the mode 'jit': leave config.mode out.")
     host, hosts = row_share(mesh)
-    model = models.build(config.model.to_dict(), dtype=config.dtype)
-    task = tasks.build(config.task.to_dict())
-    optimizer, schedule = make_optimizer(
-        config.optimizer.to_dict(), config.num_steps, getattr(model, "frozen_parameters", ())
-    )
     source = data.build(config.data.to_dict(), split="train")
     pipeline = config.pipeline.to_dict() | {"seed": config.seed}
     data.batches(source, pipeline)  # refuses what the source cannot give
-    with _misfits_named():
+    key = jax.random.key(config.seed)
+    plan = make_plan(config, mesh)
+    with misfits_named():
         for where, spec in _evaluations(config).items():
-            evals.check(spec, model, config, where)
+            evals.check(spec, plan.model, config, where)
     given = None  # the weights of another run, if this one starts from them
     check_options(config.init_from.to_dict(), InitFrom, "config.init_from")
     init_from = InitFrom(**config.init_from.to_dict())
     if init_from.workdir and latest_step(workdir) is None:
-        given = load_pretrained(init_from)
-    train_step = make_train_step(
-        model,
-        task,
-        optimizer,
-        schedule,
-        accumulate_steps=config.accumulate_steps,
-        ema_decay=config.ema_decay,
-        max_skipped=config.max_skipped,
-        axis_name=pmap.AXIS if mapped else None,
-    )
-    key = jax.random.key(config.seed)
-
-    # State: planned, and the step traced, without memory; then restored into its shardings, or created in them,
-    # perhaps from the weights of another run.
-    with use_mesh(mesh):
-        shapes = batch_shapes(data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict()), mesh)
-        with _misfits_named():
-            create, abstract, notes = abstract_state(model, task, optimizer, shapes, config.ema_decay > 0, mesh)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            if mapped:
-                lowered = pmap.lower(train_step, abstract, shapes, key, mesh)
-            else:
-                step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-                lowered = step_fn.lower(abstract, shapes, key)
-        if jax.process_count() > 1:
-            distributed.check_same("the step", {"the program of a step": _hash(lowered.as_text())})
-        if given:
-            given = fit_pretrained(given, abstract, init_from)
+        given = fit_pretrained(load_pretrained(init_from), plan.state, init_from)
+    if jax.process_count() > 1:
+        distributed.check_same("the step", {"the program of a step": _hash(plan.lowered.as_text())})
 
     # From here on the workdir is this run's alone.
     with open_workdir(workdir, config):
         metric = config.validation.metric if config.validation else None
         saved = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
         with use_mesh(mesh), closing(saved) as checkpoints:
-            restored = checkpoints.restore_latest(abstract.inference_part(), abstract.training_part())
-            state = create(key) if restored is None else replace(abstract, **restored[1], **restored[2])
+            restored = checkpoints.restore_latest(plan.state.inference_part(), plan.state.training_part())
+            state = plan.create(key) if restored is None else replace(plan.state, **restored[1], **restored[2])
             if given and restored is None:
                 state = start_from(given, state)
             start = int(state.step)
 
             with (
-                Reporter(workdir, start, config.num_steps, batch_size, config.max_skipped) as report,
+                Reporter(workdir, start, config.num_steps, config.pipeline.batch_size, config.max_skipped) as report,
                 _asked_to_stop() as stop_after,
                 _watchdog(config.watchdog_seconds) as turn,
             ):
-                for note in notes:
+                for note in plan.notes:
                     report.say(f"not sharded: {note}")
                 report.say(_summary(config, state, mesh, workdir, start))
 
                 # The step, compiled ahead so that its time is told apart from the training's.
-                update = _naming_nans(jax.jit(train_step)) if debug_nans else lowered.compile()
+                update = _naming_nans(jax.jit(plan.train_step)) if debug_nans else plan.lowered.compile()
                 report.say(f"ready for the first step after {time.perf_counter() - began:.1f} s")
 
                 # The loop: update, log, validate, save.
-                place = pmap.shard_by_device if mapped else shard_batch
+                place = pmap.shard_by_device if config.mode == "pmap" else shard_batch
                 batches = data.batches(
                     source,
                     pipeline,
@@ -153,7 +120,7 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
                         report.train_row(step, metrics)
                     validated = None
                     if config.validation and (step % config.validation.every == 0 or last):
-                        validated = _validate(config, model, state)
+                        validated = _validate(config, plan.model, state)
                         report.validation_row(step, validated)
                     if validated or step % config.checkpoint.every == 0 or last or stopping:
                         report.flush()
@@ -169,25 +136,6 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
         # Evaluation of the checkpoint that `xattn.load` gives.
         with _on_sigterm(_stop_evaluating):
             return evals.evaluate_workdir(workdir)
-
-
-def _check_mode(config: Config, mesh: Any, debug_nans: bool) -> None:
-    """Raises `UsageError` for an unknown mode, or a mesh or a model that is not made for it."""
-    lookup({"jit": None, "pmap": None}, config.mode, "mode")
-    if config.mode == "pmap":
-        pmap.check_mesh(mesh)
-        if debug_nans:
-            raise UsageError("--debug-nans looks into the step of the mode 'jit': leave config.mode out.")
-        return
-    named = [
-        f"config.model.{path}"
-        for path, value in flatten_dict(config.model.to_dict(), sep=".").items()
-        if path.split(".")[-1] == "axis_name" and value
-    ]
-    if named:
-        raise UsageError(
-            f"{named[0]} is for the mode 'pmap': in the mode 'jit' BatchNorm averages over the whole batch without it."
-        )
 
 
 def _evaluations(config: Config) -> dict[str, dict[str, Any]]:
@@ -226,19 +174,6 @@ def _summary(config: Config, state: Any, mesh: Any, workdir: Path, start: int) -
         f"{config.model.name}: {count:,} parameters, {shape}, batch {batch} ({per_replica} a replica and "
         f"microbatch), {config.num_steps} steps; {where} in {workdir}"
     )
-
-
-@contextmanager
-def _misfits_named() -> Iterator[None]:
-    """What ops and libraries say of arguments and shapes that don't fit, in one sentence."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (ValueError, TypeError) as error:
-        if isinstance(error, TypeError) and "shape" not in str(error):  # a mistake in the program, not in the config
-            raise
-        raise UsageError(f"model, task and data of the config do not fit: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
