@@ -10,7 +10,6 @@ bit for bit.
 
 import argparse
 import json
-import os
 import random
 import resource
 import shutil
