@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +172,10 @@ def damage(folder: Path, count: int) -> str:
         return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trees)]
 
     logging.set_verbosity(logging.FATAL)  # what is damaged is asserted below
-    sys.unraisablehook = lambda _: None  # Orbax leaves behind reads that failed
+    # Orbax leaves behind reads that failed.
+    sys.unraisablehook = lambda _: None
+    getLogger("asyncio").disabled = True
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
 
     good = folder / "good"
     written = Checkpoints(good)

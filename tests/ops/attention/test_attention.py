@@ -346,6 +346,20 @@ def test_chunks_take_less_than_a_tenth_of_the_memory(gradient):
         assert temp_bytes("chunked", num_keys, gradient) < dense / 10
 
 
+def chosen(monkeypatch, query, key, value, **options):
+    """The implementations that a call traces."""
+    names = []
+    for name, attend in IMPLEMENTATIONS.items():
+
+        def spy(*args, name=name, attend=attend, **kwargs):
+            names.append(name)
+            return attend(*args, **kwargs)
+
+        monkeypatch.setitem(IMPLEMENTATIONS, name, spy)
+    jax.eval_shape(functools.partial(dot_product_attention, **options), query, key, value)
+    return names
+
+
 @pytest.mark.parametrize(
     ("queries", "keys", "options", "wanted"),
     [
@@ -362,17 +376,8 @@ def test_chunks_take_less_than_a_tenth_of_the_memory(gradient):
     ],
 )
 def test_choice_of_implementation(monkeypatch, queries, keys, options, wanted):
-    chosen = []
-    for name, attend in IMPLEMENTATIONS.items():
-
-        def spy(*args, name=name, attend=attend, **kwargs):
-            chosen.append(name)
-            return attend(*args, **kwargs)
-
-        monkeypatch.setitem(IMPLEMENTATIONS, name, spy)
     query, key = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (queries, keys))
-    jax.eval_shape(functools.partial(dot_product_attention, **options), query, key, key)
-    assert chosen == [wanted]
+    assert chosen(monkeypatch, query, key, key, **options) == [wanted]
 
 
 def zeros(*shape):
@@ -388,7 +393,7 @@ def zeros(*shape):
         ((zeros(2, 5, 4, 8), zeros(3, 7, 4, 8), zeros(3, 7, 4, 8)), {}, "same leading axes"),
         ((zeros(5, 4, 8), zeros(1, 7, 4, 8), zeros(1, 7, 4, 8)), {}, "must all be"),
         (None, {"implementation": "fused"}, "'fused': use reference, xla, chunked"),
-        (None, {"implementation": "xla", "key_chunk_size": 4}, "'xla' computes all scores at once"),
+        (None, {"implementation": "xla", "key_chunk_size": 4}, "'xla' takes no key_chunk_size"),
         (None, {"key_chunk_size": 0}, "key_chunk_size is 0"),
         (None, {"dropout_rate": 1.0}, "dropout_rate is 1.0"),
         (None, {"dropout_rate": 0.1}, "dropout_rng is None"),

@@ -1,12 +1,16 @@
 """The one public attention function: checks its arguments and picks an implementation."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xattn.ops.attention import chunked, distributed, reference, xla
+from xattn.ops.attention import chunked, cudnn, distributed, reference, splash, xla
 from xattn.ops.attention.masks import Mask
 
 IMPLEMENTATIONS = {
@@ -16,7 +20,12 @@ IMPLEMENTATIONS = {
     "gather": distributed.gather,
     "ring": distributed.ring,
     "kv_ring": distributed.kv_ring,
+    "cudnn": cudnn.attend,
+    "splash": splash.attend,
 }
+
+KERNELS = {"gpu": ("cudnn", cudnn.unfit), "tpu": ("splash", splash.unfit)}
+"""The fused kernel of each kind of device, and what tells why it cannot serve."""
 
 CHUNKED_FROM = 2**25
 """Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used."""
@@ -56,10 +65,12 @@ def dot_product_attention(
       dropout_rng: key for dropout. What drops depends on this key and on the (batch, head, query, key)
         index alone, so it is the same in every implementation.
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
-      implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given, or if the
-        float32 scores take `CHUNKED_FROM` (32 MiB) or more and M is at least a chunk of keys (256);
-        otherwise "xla", which is faster there. "gather", "ring" and "kv_ring" compute where queries and keys
-        are split over the mesh axis `sequence` (`xattn.ops.attention.distributed`).
+      implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given. Otherwise, on
+        NVIDIA GPUs it takes "cudnn" where that can serve. If the float32 scores take `CHUNKED_FROM` (32 MiB) or
+        more and M is at least a chunk of keys (256), it takes "splash" on TPUs where that can serve, and "chunked"
+        elsewhere. "xla" is left, which is faster there. Why a device's own kernel can't serve is logged, once.
+        "gather", "ring" and "kv_ring" compute where queries and keys are split over the mesh axis `sequence`
+        (`xattn.ops.attention.distributed`).
       query_chunk_size: queries in a block of "chunked", or of one device.
       key_chunk_size: keys in a block of "chunked", or of one device.
 
@@ -72,14 +83,28 @@ def dot_product_attention(
     mask = checked_mask(query, key, value, bias, mask, scale, dropout_rate, dropout_rng)
     sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
     sizes = {name: size for name, size in sizes.items() if size is not None}
+    options: dict[str, Any] = {
+        "bias": bias,
+        "mask": mask,
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "logits_soft_cap": logits_soft_cap,
+        "dropout_rate": dropout_rate,
+    }
+
+    def misfit(unfit: Callable[..., str | None]) -> str | None:
+        return "its log-sum-exp is not given out" if return_lse else unfit(query, key, value, **options)
+
     if implementation is None:
-        implementation = "chunked" if sizes or large_scores(query, key) else "xla"
+        implementation = "chunked" if sizes else _choose(large_scores(query, key), misfit)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)}.")
-    if sizes and implementation in ("reference", "xla"):
+    for name, unfit in KERNELS.values():
+        if implementation == name and (reason := misfit(unfit)):
+            raise ValueError(f"Implementation '{name}' can't serve: {reason}; leave it out.")
+    if sizes and implementation in ("reference", "xla", "cudnn", "splash"):
         raise ValueError(
-            f"Implementation '{implementation}' computes all scores at once and takes no "
-            f"{' or '.join(sizes)}: use implementation='chunked' or leave it out."
+            f"Implementation '{implementation}' takes no {' or '.join(sizes)}: use implementation='chunked' or leave "
+            "it out."
         )
     for name, size in sizes.items():
         if size < 1:
@@ -89,15 +114,28 @@ def dot_product_attention(
         query,
         key,
         value,
-        bias=bias,
-        mask=mask,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
+        **options,
         dropout_rng=dropout_rng,
         **sizes,
     )
     return (out, lse) if return_lse else out
+
+
+def _choose(large: bool, misfit: Callable[[Callable[..., str | None]], str | None]) -> str:
+    """The implementation for scores that are large or not, without wishes."""
+    device = jax.default_backend()
+    if device == "gpu" or (device == "tpu" and large):
+        name, unfit = KERNELS[device]
+        reason = misfit(unfit)
+        if reason is None:
+            return name
+        _log_once(f"attention without {name}: {reason}.")
+    return "chunked" if large else "xla"
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    logging.info(text)
 
 
 def attention_weights(

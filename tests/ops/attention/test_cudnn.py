@@ -1,0 +1,162 @@
+"""What is handed to cuDNN and what is made of its results; that its numbers are right, only a GPU can show.
+
+jax's own CPU implementation of the same function stands in for the kernel, and programs are lowered for CUDA.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from jax._src.cudnn import fused_attention_stablehlo
+
+from tests.ops.attention.test_attention import SEGMENTS, Case, by_definition, chosen
+from xattn.ops.attention import Mask, api, cudnn, dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """The device that the choice sees."""
+    monkeypatch.setattr(cudnn, "_widest_head", lambda: 128)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    api._log_once.cache_clear()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    attend = jax.nn.dot_product_attention
+
+    def on_cpu(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        return attend(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+
+
+HALF = functools.partial(Case, width=8, v_width=8, dtype=jnp.float16)
+CASES = {
+    "nothing else": HALF(),
+    "no leading axes, one key head": HALF(batch=(), kv_heads=1),
+    "two leading axes, as many key heads": HALF(batch=(2, 3), heads=2),
+    "causal": HALF(queries=8, mask=Mask.causal()),
+    "causal and a bias": HALF(queries=8, mask=Mask.causal(), bias=(2, 4, 8, 8)),
+    "causal between other lengths": HALF(mask=Mask.causal()),
+    "bias of a head": HALF(bias=(4, 1, 8)),
+    "mask of each head, with rows of no keys": HALF(mask=(2, 4, 6, 8)),
+    "bias and mask": HALF(bias=(2, 1, 6, 8), mask=(1, 1, 8)),
+    "structured mask": HALF(
+        mask=Mask.causal(jnp.array([3, -2]))
+        & Mask.window(3, None)
+        & Mask.packed(*SEGMENTS)
+        & Mask(q_mask=jnp.arange(6) != 3, kv_mask=jnp.arange(8) < jnp.array([[6], [5]])),
+    ),
+    "padded keys": HALF(mask=Mask(kv_mask=jnp.arange(8) < jnp.array([[6], [0]]))),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "infinite"), [(name, False) for name in CASES] + [(n, True) for n, case in CASES.items() if case.bias]
+)
+def test_definition(name, infinite, stand_in):
+    case = CASES[name]
+    inputs = case.inputs()
+    if infinite:
+        inputs["bias"] = inputs["bias"].at[..., 2:4].set(-jnp.inf).at[0].set(-jnp.inf)
+    same = inputs | {"d_lse": jnp.zeros_like(inputs["d_lse"])}
+    if infinite:
+        finite = inputs["bias"] > -jnp.inf
+        mask = case.mask if isinstance(case.mask, Mask) else Mask(dense=inputs["mask"])
+        same |= {"bias": jnp.where(finite, inputs["bias"], 0), "mask": mask & Mask(dense=finite)}
+    wanted = by_definition(same, None)
+    arrays = {name: inputs[name] for name in ("query", "key", "value", "bias") if inputs[name] is not None}
+
+    def attend(arrays):
+        return dot_product_attention(**arrays, mask=inputs["mask"], implementation="cudnn")
+
+    out, pull = jax.vjp(attend, arrays)
+    got = {"out": out, **pull(inputs["d_out"])[0]}
+    assert out.dtype == jnp.float16
+    for name, array in got.items():
+        np.testing.assert_allclose(np.asarray(array, np.float64), wanted[name], rtol=2e-2, atol=1e-2, err_msg=name)
+    empty = np.isneginf(wanted["lse"])
+    for name in ("out", "query"):
+        assert not np.swapaxes(got[name], -2, -3)[empty].any(), f"{name} of a row without keys is not zero"
+
+
+def arrays(queries=64, keys=96, heads=4, kv_heads=2, width=32, v_width=32, dtype=jnp.bfloat16, v_dtype=None):
+    shapes = ((queries, heads, width), (keys, kv_heads, width), (keys, kv_heads, v_width))
+    return [
+        jax.ShapeDtypeStruct((2, *shape), d) for shape, d in zip(shapes, (dtype, dtype, v_dtype or dtype), strict=True)
+    ]
+
+
+def test_it_is_chosen_wherever_it_can_serve(monkeypatch, stand_in):
+    assert chosen(monkeypatch, *arrays()) == ["cudnn"]
+    assert chosen(monkeypatch, *arrays(), key_chunk_size=32) == ["chunked"]
+    assert chosen(monkeypatch, *arrays(), implementation="xla") == ["xla"]
+
+
+MISFITS = {
+    "all be bfloat16, or all float16, not float32": (dict(dtype=jnp.float32), {}),
+    "all be bfloat16, or all float16, not bfloat16 and float16": (dict(v_dtype=jnp.float16), {}),
+    "heads of 32 and 16 must be of one width": (dict(v_width=16), {}),
+    "heads of 12 and 12 must be of one width, a multiple of 8": (dict(width=12, v_width=12), {}),
+    "heads of 136 and 136 must be of one width, a multiple of 8 up to 128": (dict(width=136, v_width=136), {}),
+    "63 queries and 96 keys must both be even": (dict(queries=63), {}),
+    "64 queries and 95 keys must both be even": (dict(keys=95), {"mask": Mask.causal()}),
+    "the scale must be a number": ({}, {"scale": jnp.ones(4)}),
+    "it has no soft cap": ({}, {"logits_soft_cap": 3.0}),
+    "it does not drop the weights": ({}, {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}),
+    "its log-sum-exp is not given out": ({}, {"return_lse": True}),
+    "nothing to attend from or to": (dict(keys=0), {}),
+}
+
+
+@pytest.mark.parametrize("reason", MISFITS)
+def test_what_it_cannot_serve_is_computed_otherwise_and_the_reason_logged_once(reason, monkeypatch):
+    shapes, options = MISFITS[reason]
+    with pytest.raises(ValueError, match=f"'cudnn' can't serve: .*{reason}"):
+        jax.eval_shape(functools.partial(dot_product_attention, implementation="cudnn", **options), *arrays(**shapes))
+    said = []
+    monkeypatch.setattr(logging, "info", said.append)
+    for _ in range(2):
+        assert chosen(monkeypatch, *arrays(**shapes), **options) == ["xla"]
+    assert len(said) == 1 and said[0].startswith("attention without cudnn: ") and reason in said[0]
+
+
+def test_without_a_gpu_nothing_is_chosen_and_nothing_logged(monkeypatch):
+    monkeypatch.undo()
+    said = []
+    monkeypatch.setattr(logging, "info", said.append)
+    assert chosen(monkeypatch, *arrays()) == ["xla"]
+    assert not said
+    with pytest.raises(ValueError, match="'cudnn' can't serve: it needs an NVIDIA GPU; leave it out"):
+        dot_product_attention(*(jnp.zeros((1, 4, 2, 8)),) * 3, implementation="cudnn")
+
+
+GRID = [
+    dict(queries=queries, keys=keys, width=width, v_width=width, kv_heads=kv_heads, dtype=dtype)
+    for queries, keys, width, kv_heads, dtype in itertools.product(
+        (2, 64), (78, 64, 512), (8, 96, 128), (1, 4), (jnp.bfloat16, jnp.float16)
+    )
+]
+
+
+@pytest.mark.parametrize("masked", ["no mask", "causal", "padding"])
+def test_whatever_fits_is_lowered_for_cuda_with_its_gradient(masked, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    for shapes in GRID:
+        kv_mask = jnp.arange(shapes["keys"]) < 60
+        mask = {"no mask": None, "causal": Mask.causal(), "padding": Mask(kv_mask=kv_mask)}[masked]
+
+        def loss(*inputs, mask=mask):
+            return dot_product_attention(*inputs, mask=mask, implementation="cudnn").astype(jnp.float32).sum()
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        program = step.trace(*arrays(**shapes)).lower(lowering_platforms=("cuda",)).as_text()
+        assert "__cudnn$fmha" in program and "Backward" in program, shapes
+        by_kernel = masked == "causal" and shapes["queries"] == shapes["keys"]
+        assert ("CAUSAL" in program, "ScaleBias" in program) == (by_kernel, masked != "no mask" and not by_kernel)
