@@ -1,11 +1,13 @@
 """The command line: what a user can get wrong is one sentence and exit code 2."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from xattn import data
 from xattn.cli import main
 
 SMOKE = "--config=protonet/glyphs:smoke"
@@ -44,6 +46,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--config.mesh.data=3"], "batch_size is 1"),
         (["--config.mesh.data=64"], "does not fit 8 cpu device(s)"),
         (["--config.pipeline.batch_size=4", "--config.accumulate_steps=3"], "make it a multiple of 3"),
+        (["--config.task.name=classification"], "do not fit: nothing is called 'image'"),
+        (["--config.num_steps=0"], "config.num_steps is 0: give a number at least 1"),
         (["--config.mode=pmp"], "there is no mode 'pmp': did you mean 'pmap'?"),
         (["--config.mode=pmap", "--config.mesh.data=4", "--config.mesh.tensor=2"], "take the mode 'jit'"),
         (["--debug-nans", "--config.mode=pmap"], "--debug-nans looks into the step of the mode 'jit'"),
@@ -56,6 +60,12 @@ def refused(capsys, *arguments: str) -> str:
 def test_mistakes_in_a_config(tmp_path, capsys, arguments, sentence):
     assert sentence in refused(capsys, "train", SMOKE, f"--workdir={tmp_path / 'run'}", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_before_the_first_step_ends_with_the_code_of_the_config(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "build", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert main(["train", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.preempt_exit_code=75"]) == 75
+    assert "stopped before the first step." in capsys.readouterr().out
 
 
 def test_heads_that_do_not_divide(tmp_path, capsys):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from xattn import data
+from xattn import data, evals, models, tasks
 from xattn.cli import main
 from xattn.config import UsageError, load_config, to_json
 from xattn.train import loop, plan
@@ -27,6 +27,19 @@ NAMES = ("protonet/glyphs", "qsformer/glyphs", "crossvit/letters", "perceiver_io
 CONFIGS = {name: to_json(load_config(f"{name}:smoke")) for name in NAMES}
 VALUES = (-1, 0, 1, 3, 7, 10**12, -0.5, 0.5, 1e30, float("nan"), float("inf"), True, None, "", "nonsense", "3")
 VALUES += ([], {}, [1, 2], [0, -1], ["a"], {"name": "nonsense"}, {"name": 3}, {"a": {"b": 1}}, {"every": 0})
+# What a `name` may say somewhere.
+OTHER_NAMES = (
+    *models.MODELS,
+    *models.PARTS,
+    *tasks.TASKS,
+    *data.SOURCES,
+    *data.PIPELINES,
+    *evals.EVALS,
+    "adam",
+    "cosine",
+    "nonsense",
+    3,
+)
 
 
 class Planned(Exception):
@@ -46,7 +59,7 @@ def mutated_configs(draw: st.DrawFn) -> dict[str, Any]:
             case "delete":
                 del node[key]
             case "change":
-                node[key] = draw(st.sampled_from(VALUES))
+                node[key] = draw(st.sampled_from(OTHER_NAMES if key == "name" else VALUES))
             case "misspell":
                 node[f"{key}s"] = node.pop(key)
             case "nest":
@@ -67,9 +80,15 @@ def _places(node: Any) -> list[tuple[dict[str, Any], str]]:
     return [(node, key) for key in node] + [place for value in node.values() for place in _places(value)]
 
 
-def _no_step(*_: Any, **__: Any) -> Callable[..., Any]:
-    """In place of a step, which would be traced: that takes seconds."""
-    return lambda state, batch, key: (state, {})
+def _forward(model: Any, task: Any, *_: Any, **__: Any) -> Callable[..., Any]:
+    """In place of a step, whose gradients take seconds to trace: its forward pass."""
+
+    def step(state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+        variables = {"params": state.params, **state.model_state}
+        loss, metrics, _ = task(model, variables, batch, train=True, rngs={"dropout": key, "sfc": key})
+        return state, (loss, metrics)
+
+    return step
 
 
 def check_config(config: dict[str, Any], folder: Path) -> bool:
@@ -78,7 +97,7 @@ def check_config(config: dict[str, Any], folder: Path) -> bool:
     file.write_text(f"from xattn.config import from_json\nget_config = lambda _: from_json({json.dumps(config)!r})\n")
     said = io.StringIO()
     with (
-        mock.patch.object(plan, "make_train_step", _no_step),
+        mock.patch.object(plan, "make_train_step", _forward),
         mock.patch.object(loop, "open_workdir", side_effect=Planned),
         contextlib.redirect_stderr(said),
     ):

@@ -1,5 +1,6 @@
 """The command line: one verb, its flags, one sentence and exit code 2 for what the user can put right."""
 
+import contextlib
 import functools
 import math
 import os
@@ -110,8 +111,11 @@ def _train(arguments: list[str]) -> int:
     values, name, config = _parse(define, arguments, takes_config=True)
     distributed.start(values.coordinator, values.num_processes, values.process_id)
     workdir = Path(values.workdir or f"runs/{name.replace('.py', '').strip('/').replace('/', '_').replace(':', '_')}")
+    # Of several processes, jax has to see it.
+    alone = not jax.distributed.is_initialized()
     try:
-        train.train(config, workdir, values.debug_nans)
+        with train.on_sigterm("stopped before the first step.") if alone else contextlib.nullcontext():
+            train.train(config, workdir, values.debug_nans)
     except train.Preempted as stopped:
         print(stopped)
         distributed.leave(config.preempt_exit_code)  # while evaluating, the others may not have been asked to stop

@@ -70,7 +70,7 @@ DEFAULTS = {
 
 # The least and the largest value of numbers of a config, and of a mapping's own.
 _RANGES = {
-    "num_steps": (0, math.inf),
+    "num_steps": (1, math.inf),
     "accumulate_steps": (1, math.inf),
     "ema_decay": (0, 1),
     "max_skipped": (0, math.inf),
@@ -135,7 +135,7 @@ def check_options(
                 raise UsageError(f"{where} has no '{name}', which it needs: give {_in_words(parameter.annotation)}.")
         elif not _fits(options[name], parameter.annotation):
             value = options[name]
-            held = "a mapping" if isinstance(value, Mapping) else f"{value!r}"[:60]
+            held = "a mapping" if isinstance(value, Mapping) else " ".join(f"{value!r}".split())[:60]
             raise UsageError(f"{where}.{name} is {held}: give {_in_words(parameter.annotation)}.")
 
 
@@ -374,21 +374,26 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote (JSON has no tuples: sequences come back as tuples)."""
+    """The config that `to_json` wrote (JSON has no tuples: sequences come back as tuples); ValueError for others."""
 
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: restore(entry) for key, entry in value.items()}
         return tuple(restore(entry) for entry in value) if isinstance(value, list) else value
 
-    return ConfigDict(restore(json.loads(text)))
+    whole = restore(json.loads(text))
+    if not isinstance(whole, dict):
+        raise ValueError("it holds no mapping")
+    return ConfigDict(whole)
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Writes a file so that `path` holds either the old contents or the new, never a part."""
+    """Writes a file so that `path` holds either the old contents or the new, never a part, also if the power fails."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

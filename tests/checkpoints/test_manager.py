@@ -178,7 +178,7 @@ def test_the_latest_and_the_best_are_kept_also_by_a_continued_run(opened):
     checkpoints.close()
     assert checkpoints.steps() == [2, 3, 4]
     continued = opened(keep=2, metric="accuracy")
-    assert continued.best_step() == 2
+    assert continued.best_first()[0] == 2
     continued.save(5, *items(5), {}, {"accuracy": 0.3})
     continued.save(6, *items(6), {})
     continued.close()
@@ -193,12 +193,12 @@ def test_the_latest_and_the_best_are_kept_also_by_a_continued_run(opened):
 @pytest.mark.parametrize(
     ("metric", "scores", "best"),
     [
-        ("accuracy", (0.2, 0.7, 0.7, 0.1), 3),
-        ("accuracy", (0.9, float("nan"), 0.1, None), 1),
-        ("accuracy", (float("nan"), None, None, None), None),
-        ("loss", (0.2, 0.7, 0.7, 0.1), 4),
-        ("-loss", (0.2, 0.7, 0.7, 0.1), 3),
-        (None, (0.2, 0.7, 0.7, 0.1), None),
+        ("accuracy", (0.2, 0.7, 0.7, 0.1), [3, 2, 1, 4]),
+        ("accuracy", (0.9, float("nan"), 0.1, None), [1, 3, 4, 2]),
+        ("accuracy", (float("nan"), None, None, None), [4, 3, 2, 1]),
+        ("loss", (0.2, 0.7, 0.7, 0.1), [4, 1, 3, 2]),
+        ("-loss", (0.2, 0.7, 0.7, 0.1), [3, 2, 1, 4]),
+        (None, (0.2, 0.7, 0.7, 0.1), [4, 3, 2, 1]),
     ],
 )
 def test_best_is_the_largest_or_smallest_and_the_later_of_two(opened, metric, scores, best):
@@ -207,8 +207,8 @@ def test_best_is_the_largest_or_smallest_and_the_later_of_two(opened, metric, sc
     for step, score in enumerate(scores, start=1):
         checkpoints.save(step, tiny, tiny, {}, None if score is None else {"accuracy": score, "loss": -score})
     checkpoints.wait()
-    assert checkpoints.best_step() == best
-    assert opened(keep=9, metric=metric, read_only=True).best_step() == best
+    assert checkpoints.best_first() == best
+    assert opened(keep=9, metric=metric, read_only=True).best_first() == best
 
 
 def test_a_metric_that_validation_does_not_give_is_an_error(opened):
@@ -269,15 +269,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(damage, tw
     assert_bits((model, training), items(1))
     assert (workdir / "damaged" / "2").is_dir()
     assert not (workdir / "checkpoints" / "2").exists()
-    (warning,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+    (warning,) = [record.getMessage() for record in caplog.records if "is moved to" in record.getMessage()]
     assert warning.startswith("checkpoint 2 is damaged (")
     assert str(workdir / "damaged" / "2") in warning
 
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([1], 1)
+    assert (checkpoints.steps(), checkpoints.best_first()) == ([1], [1])
     checkpoints.save(2, *items(7), {}, {"accuracy": 0.05})
     checkpoints.wait()
     step, model, training = checkpoints.restore_latest(*map(abstract, items()))
-    assert (step, checkpoints.steps(), checkpoints.best_step()) == (2, [1, 2], 1)
+    assert (step, checkpoints.steps(), checkpoints.best_first()) == (2, [1, 2], [1, 2])
     assert_bits((model, training), items(7))
 
 
@@ -301,6 +301,9 @@ def test_all_damaged_is_an_error_that_says_where_they_are(two_steps, tmp_path, o
     with pytest.raises(UsageError, match="all checkpoints .* were damaged .*damaged"):
         opened(workdir=workdir).restore_latest(*map(abstract, items()))
     assert {path.name for path in (workdir / "damaged").iterdir()} == {"1", "2"}
+    # Nor does the same command, given again, begin from nothing.
+    with pytest.raises(UsageError, match="all checkpoints .* were damaged .*damaged"):
+        opened(workdir=workdir).restore_latest(*map(abstract, items()))
 
 
 @leftovers

@@ -1,8 +1,11 @@
 """A run's folder: whose it is, what may be loaded from it, and what is said when it may not."""
 
 import errno
+import gc
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 import xattn
-from xattn.checkpoints import Checkpoints, open_workdir, read_config
+from xattn.checkpoints import Checkpoints, DamagedCheckpoint, open_workdir, read_config
 from xattn.checkpoints.workdir import load_variables
 from xattn.config import Config, UsageError, config_hash, to_json, with_defaults, write_atomically
 from xattn.models import Conv4
@@ -199,6 +202,45 @@ def test_load_takes_the_step_that_is_asked_for(run, step, found):
     assert value(load_variables(run, step, ema=False)[1]) == found
     assert load_variables(run, step)[0] == found
     assert value(load_variables(run, step)[1]) == 10 * found
+
+
+@pytest.fixture
+def collected():
+    """Orbax leaves the futures of reads that failed unretrieved, which Python reports when it collects them."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_where_the_best_or_the_latest_is_damaged_the_next_one_is_taken(run, tmp_path, caplog, collected):
+    shutil.copytree(run, tmp_path / "run")
+    for step, left in ((4, {"best": 6, "latest": 6}), (6, {"best": 2, "latest": 2}), (2, {})):
+        for path in (tmp_path / "run" / "checkpoints" / str(step) / "model").rglob("d/*"):
+            path.write_bytes(path.read_bytes()[:-1])
+        for name, found in left.items():
+            assert load_variables(tmp_path / "run", name)[0] == found
+        with pytest.raises(DamagedCheckpoint, match=f"^checkpoint {step} in .* is damaged .*: choose another step"):
+            load_variables(tmp_path / "run", step)
+    assert re.search("checkpoint 4 in .* is damaged .*; 6 is taken", caplog.text)
+    assert not (tmp_path / "run" / "damaged").exists()  # who only reads moves nothing
+    with pytest.raises(DamagedCheckpoint, match="^checkpoint 2 in "):
+        load_variables(tmp_path / "run", "latest")
+
+
+def test_a_step_whose_metrics_are_damaged_is_not_the_best_and_that_is_told(run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "4" / "meta" / "metadata").write_text("{}")
+    assert load_variables(tmp_path / "run", "best")[0] == 6
+    assert re.search("checkpoint 4 in .* is damaged .*: it can't be the best", caplog.text)
+
+
+@pytest.mark.parametrize("contents", ["", '{"seed": 0', "[]"])
+def test_a_config_that_was_cut_is_told_in_a_sentence(run, tmp_path, contents):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(contents)
+    for opening in (lambda: xattn.load(tmp_path / "run"), lambda: opened(tmp_path / "run", config())):
+        with pytest.raises(UsageError, match="config.json is damaged .*: copy it back from a backup"):
+            opening()
 
 
 def test_load_gives_a_model_that_works_at_once(run):

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.distributed import launch
 from xattn import data, evals, models, tasks
 from xattn.config import load_config
-from xattn.parallel.mesh import make_mesh, replicate, use_mesh, without_names
+from xattn.parallel.mesh import make_mesh, use_mesh, without_names
 
 # Numbers of examples that neither the batches nor the replicas divide. With tensor=4 each process has a replica; with
 # tensor=8 both work on the only one, on the same rows.
@@ -52,7 +53,12 @@ def results() -> dict[str, Any]:
         spec = next(iter(config.evals.to_dict().values())) | options
         mesh = make_mesh(**sizes)
         with use_mesh(mesh):
-            found[case] = evals.run(spec, model, replicate(variables, mesh), config)
+            found[case] = evals.run(
+                spec,
+                model,
+                jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), variables),
+                config,
+            )
     return found
 
 

@@ -1,5 +1,6 @@
 """Meshes over eight simulated devices, and what the logical names become on them."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,9 +19,13 @@ from xattn.parallel import mesh as mesh_module
 from xattn.parallel.mesh import (
     AXES,
     RULES,
+    arrange,
     batch_shapes,
     check_batch,
+    gather_for_each_pass,
+    in_order,
     make_mesh,
+    part_of,
     shard_batch,
     state_shardings,
     use_mesh,
@@ -347,3 +352,46 @@ def test_shard_batch_splits_rows_over_data_and_fsdp_and_repeats_them_over_tensor
     for name, leaf in planned.items():
         assert (leaf.shape, leaf.dtype) == (rows[name].shape, rows[name].dtype)
         assert batch[name].sharding == leaf.sharding
+
+
+# The order of devices.
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is asked of a device that is not there."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "tpu"
+
+
+TORN = [Chip(index, process) for index, process in enumerate((0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3))]
+SLICES = [Chip(index, index // 4, (index // 4) % 2) for index in range(16)]
+NODES = [Chip(index, index // 4, index // 4, "gpu") for index in range(16)]
+
+
+@pytest.mark.parametrize("chips", [TORN, SLICES, NODES], ids=["torn apart by topology", "slices", "nodes"])
+@pytest.mark.parametrize("shape", [(16, 1, 1, 1), (4, 4, 1, 1), (1, 16, 1, 1), (4, 1, 4, 1), (2, 1, 8, 1)])
+def test_on_any_machine_each_process_has_rows_behind_each_other(chips, shape):
+    arranged = arrange(in_order(chips), shape)
+    owners = np.vectorize(lambda chip: chip.process_index)(arranged).reshape(shape[0] * shape[1], -1)
+    shares = [part_of(process, owners, 4) for process in range(4)]
+    assert None not in shares
+    assert {count for _, count in shares} == {min(4, len(owners))}
+    slices = [chip.slice_index for chip in arranged.flat]
+    assert slices == sorted(slices)  # the slowest axes go from slice to slice
+
+
+def test_the_current_mesh_decides_whether_parameters_are_gathered_anew():
+    def loss(x):
+        return x
+
+    assert gather_for_each_pass(loss) is loss
+    with use_mesh(make_mesh(data=4, tensor=2)):
+        assert gather_for_each_pass(loss) is loss
+    with use_mesh(make_mesh(data=4, fsdp=2)):
+        assert gather_for_each_pass(loss) is not loss
+        with jax.debug_nans(True):
+            assert gather_for_each_pass(loss) is loss

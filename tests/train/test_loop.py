@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import xattn
 from xattn import data, evals, tasks
+from xattn.checkpoints import Checkpoints
 from xattn.config import Config, UsageError, load_config
 from xattn.tasks import fewshot
 from xattn.train import NotFinite, Preempted, train
@@ -74,6 +76,19 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
 
 
+def test_sigterm_while_the_last_save_is_written_lets_it_finish(tmp_path, monkeypatch):
+    close = Checkpoints.close
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(Checkpoints, "close", interrupted)
+    with pytest.raises(Preempted, match="stopped at step 2"):
+        train(smoke(num_steps=2), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
 def test_sigterm_while_evaluating_is_no_failure(tmp_path, monkeypatch):
     evaluate = evals.evaluate_workdir
     monkeypatch.setattr(evals, "evaluate_workdir", lambda workdir: signal.raise_signal(signal.SIGTERM))
@@ -98,6 +113,38 @@ def test_a_damaged_latest_checkpoint_falls_back_with_a_warning(tmp_path, caplog)
     assert (tmp_path / "damaged" / "4").is_dir()
     assert losses(tmp_path)[:4] == before
     assert len(losses(tmp_path)) == 6
+
+
+def test_a_run_whose_model_is_split_is_evaluated_split(tmp_path, monkeypatch):
+    seen, run = {}, evals.report.run
+
+    def spy(spec, model, variables, config):
+        seen[config.mesh.fsdp] = variables
+        return run(spec, model, variables, config)
+
+    monkeypatch.setattr(evals.report, "run", spy)
+    spec = dict(name="fewshot", split="test", ways=5, shots=1, queries=2, num_episodes=3, seed=0)
+    sizes = dict(mesh__fsdp=2, mesh__tensor=2, pipeline__batch_size=2)
+    split = smoke(num_steps=1, evals={"few": spec}, ema_decay=0.9, **sizes)
+    found = train(split, tmp_path)["few"]
+    shards = {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(seen[2])}
+    assert shards[3, 3, 8, 8] == (3, 3, 8, 4)
+    # The same run on one device, which has no such mesh.
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    shutil.rmtree(tmp_path / "evals")
+    alone = evals.evaluate_workdir(tmp_path)["few"]
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(seen[2]))
+    np.testing.assert_allclose(found["per_example"], alone["per_example"])
+
+
+def test_a_result_that_was_cut_is_computed_again(tmp_path, caplog):
+    spec = dict(name="fewshot", split="test", ways=5, shots=1, queries=2, num_episodes=3, seed=0)
+    found = train(smoke(num_steps=1, evals={"few": spec}), tmp_path)
+    (path,) = (tmp_path / "evals").rglob("few.json")
+    path.write_text(path.read_text()[:40])
+    assert evals.evaluate_workdir(tmp_path) == found
+    assert "few.json is damaged" in caplog.text
+    assert json.loads(path.read_text()) == found["few"]
 
 
 def test_a_workdir_of_another_experiment_is_refused_untouched(tmp_path):
@@ -155,7 +202,8 @@ def test_a_step_that_takes_too_long_tells_where_it_is(tmp_path, monkeypatch, cap
     assert len(losses(tmp_path)) == 3  # it ended nothing
 
 
-def test_debug_nans_names_the_line_that_made_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sizes", [dict(mesh__data=1), dict(mesh__fsdp=2, mesh__tensor=2, pipeline__batch_size=2)])
+def test_debug_nans_names_the_line_that_made_one(tmp_path, monkeypatch, sizes):
     class Breaks(fewshot.FewShot):
         def __call__(self, *args, **kwargs):
             loss, metrics, state = super().__call__(*args, **kwargs)
@@ -163,7 +211,7 @@ def test_debug_nans_names_the_line_that_made_one(tmp_path, monkeypatch):
 
     monkeypatch.setitem(tasks.TASKS, "fewshot", Breaks)
     with pytest.raises(NotFinite) as error:
-        train(smoke(num_steps=1), tmp_path, debug_nans=True)
+        train(smoke(num_steps=1, **sizes), tmp_path, debug_nans=True)
     line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# the line"))
     assert str(error.value) == f"step 1: invalid value (nan) encountered in log, at {__file__}:{line}, in __call__"
 

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from xattn.analysis.collectives import count_collectives, gathered_at_once
 from xattn.config import Config, UsageError, check_keys
 from xattn.parallel.mesh import make_mesh
-from xattn.train.plan import make_plan
+from xattn.train.plan import check_layout, make_plan
 
 # The program is not run: machine code need not be good, which takes LLVM most of the time. Operations are ordered so
 # that little is held at once, as on accelerators: a CPU would rather start all that it can.
@@ -82,6 +82,7 @@ def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
       UsageError: mesh, batch and devices do not fit.
     """
     mesh = make_mesh(**mesh_sizes)
+    check_layout(config, mesh)
     plan = make_plan(config, mesh)
     state, compiled = plan.state, plan.lowered.compile(COMPILER_OPTIONS)
     program, memory = compiled.as_text(), compiled.memory_analysis()

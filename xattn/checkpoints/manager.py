@@ -65,16 +65,21 @@ class Checkpoints:
         )
         self._scores: dict[int, float] = {}
         for step in self.steps():
-            with contextlib.suppress(DamagedCheckpoint):  # found again, and told, when it is restored
+            try:
                 self._note_score(step, self._meta(step).get("metrics", {}))
+            except DamagedCheckpoint as error:
+                logging.warning("checkpoint %d in %s is damaged (%s): it can't be the best.", step, self.folder, error)
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def best_step(self) -> int | None:
-        """The step with the best validation metric, or None where none was recorded."""
-        return self._best(self.steps())
+    def best_first(self) -> list[int]:
+        """The steps, that with the best validation metric first; those without one come last, the latest first."""
+        steps = self.steps()
+        scored = [step for step in steps if step in self._scores]
+        others = [step for step in steps if step not in self._scores]
+        return sorted(scored, key=lambda step: (self._scores[step], step), reverse=True) + others[::-1]
 
     def _best(self, steps: Sequence[int]) -> int | None:
         scored = [step for step in steps if step in self._scores]
@@ -139,33 +144,37 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 with _agreed():
-                    meta, arrays = self._read(step, lambda: targets)
+                    meta, arrays = self._read(step, targets)
                 _verify(meta, arrays)
                 asked = jax.tree.map(_as_asked, arrays, targets)
                 return step, asked["model"], asked["training"]
             except DamagedCheckpoint as error:
                 self._set_aside(step, error)
-        if steps:
+        if (self.folder.parent / "damaged").is_dir():
             raise UsageError(
                 f"all checkpoints in {self.folder} were damaged and are now in "
                 f"{self.folder.parent / 'damaged'}: start again with a new workdir."
             )
         return None
 
-    def restore_model(self, step: int) -> Any:
-        """The `model` item of `step` on the first device, without needing to know its shapes.
+    def restore_model(self, step: int, shardings: Callable[[Any], Any] | None = None) -> Any:
+        """The `model` item of `step`, without needing to know its shapes.
+
+        Args:
+          step: one of `steps()`.
+          shardings: of the tree of shapes, a tree of shardings for it; by default all is on the first device.
 
         Raises:
           UsageError: the format version is another.
           DamagedCheckpoint: it is not what was saved.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-        def targets() -> dict[str, Any]:
-            tree = self._manager.item_metadata(step)["model"]
-            return {"model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)}
-
-        meta, arrays = self._read(step, targets)
+        self._readable_meta(step)
+        with _damage_named():
+            tree = self._manager.item_metadata(step)["model"].tree
+        places = jax.tree.map(lambda _: device, tree) if shardings is None else shardings(tree)
+        target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+        meta, arrays = self._read(step, {"model": target})
         _verify(meta, arrays)
         return arrays["model"]
 
@@ -176,20 +185,23 @@ class Checkpoints:
                 raise DamagedCheckpoint("checksum of meta differs")
         return meta
 
-    def _read(self, step: int, targets: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _readable_meta(self, step: int) -> dict[str, Any]:
+        meta = self._meta(step)
+        if (version := meta["format_version"]) != FORMAT_VERSION:
+            where = self.folder / str(step)
+            raise UsageError(
+                f"{where} has format {version}, this xattn reads {FORMAT_VERSION}: use the xattn that wrote it."
+            )
+        return meta
+
+    def _read(self, step: int, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `meta` says of `step`, and the arrays as they are on disk, each process reading its part of them.
 
         The handlers read because the manager would wait for the processes in which reading failed.
         """
-        meta, where = self._meta(step), self.folder / str(step)
-        if (version := meta["format_version"]) != FORMAT_VERSION:
-            raise UsageError(
-                f"{where} has format {version}, this xattn reads {FORMAT_VERSION}: use the xattn that wrote it."
-            )
-        with _damage_named():
-            wanted = targets()
+        meta, where = self._readable_meta(step), self.folder / str(step)
         arrays = {}
-        for name, target in wanted.items():
+        for name, target in targets.items():
             saved, asked = meta["shapes"][name], _shapes(target)
             if wrong := [path for path in _differing(saved, asked) if not _castable(saved.get(path), asked.get(path))]:
                 held, needed = (shapes.get(wrong[0], "nothing") for shapes in (saved, asked))

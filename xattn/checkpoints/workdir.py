@@ -9,7 +9,7 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from absl import logging
 from flax import linen as nn
 
 from xattn import models
-from xattn.checkpoints.manager import Checkpoints
+from xattn.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from xattn.config import (
     Config,
     UsageError,
@@ -157,7 +157,12 @@ def read_config(workdir: Path) -> Config:
         raise UsageError(
             f"{workdir} holds no run (there is no {path.name} in it): give the --workdir of a trained model."
         )
-    return with_defaults(from_json(path.read_text()))
+    try:
+        return with_defaults(from_json(path.read_text()))
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged ({error}): copy it back from a backup, or choose another --workdir."
+        ) from error
 
 
 def load(workdir: str | Path, step: int | str = "best", ema: bool = True) -> tuple[nn.Module, dict, Config]:
@@ -165,7 +170,8 @@ def load(workdir: str | Path, step: int | str = "best", ema: bool = True) -> tup
 
     Args:
       workdir: the run's folder.
-      step: "best" by the validation metric (the latest, where no validation ran), "latest", or a number.
+      step: "best" by the validation metric (the latest, where no validation ran), "latest", or a number. Where the best
+        or the latest is damaged, the next one is taken, with a warning.
       ema: take the moving average of the parameters where the run kept one.
 
     Returns:
@@ -181,20 +187,36 @@ def load(workdir: str | Path, step: int | str = "best", ema: bool = True) -> tup
     return models.build(config.model.to_dict(), dtype=config.get("dtype", "float32")), variables, config
 
 
-def load_variables(workdir: Path, step: int | str, ema: bool = True) -> tuple[int, dict[str, Any]]:
-    """The step that was found and its variables; see `load`."""
+def load_variables(
+    workdir: Path, step: int | str, ema: bool = True, shardings: Callable[[Any], Any] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """The step that was found and its variables; see `load`, and for `shardings` `Checkpoints.restore_model`."""
     config = read_config(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UsageError(f"{workdir} has no checkpoint yet: train it first.")
     metric = (config.get("validation") or {}).get("metric")
     with closing(Checkpoints(workdir, metric=metric, read_only=True)) as checkpoints:
-        steps, best = checkpoints.steps(), checkpoints.best_step()
-        names = {str(number): number for number in steps}
+        steps = checkpoints.steps()
+        found = {str(number): [number] for number in steps}
         if steps:
-            names |= {"latest": steps[-1], "best": steps[-1] if best is None else best}
-        if str(step) not in names:
-            raise UsageError(f"{workdir} has no checkpoint '{step}': it has {', '.join(names) or 'none'}.")
-        found = names[str(step)]
-        saved = checkpoints.restore_model(found)
-    params = saved["ema"] if ema and saved["ema"] else saved["params"]
-    return found, {"params": params, **saved["model_state"]}
+            found |= {"latest": steps[::-1], "best": checkpoints.best_first()}
+        if str(step) not in found:
+            raise UsageError(f"{workdir} has no checkpoint '{step}': it has {', '.join(found) or 'none'}.")
+        return _first_intact(checkpoints, found[str(step)], ema, shardings)
+
+
+def _first_intact(
+    checkpoints: Checkpoints, steps: list[int], ema: bool, shardings: Callable[[Any], Any] | None
+) -> tuple[int, dict[str, Any]]:
+    for step in steps:
+        try:
+            saved = checkpoints.restore_model(step, shardings)
+        except DamagedCheckpoint as error:
+            damage = f"checkpoint {step} in {checkpoints.folder} is damaged ({error})"
+            if step == steps[-1]:
+                raise DamagedCheckpoint(f"{damage}: choose another step.") from error
+            logging.warning("%s; %d is taken.", damage, steps[steps.index(step) + 1])
+        else:
+            params = saved["ema"] if ema and saved["ema"] else saved["params"]
+            return step, {"params": params, **saved["model_state"]}
+    raise AssertionError("no steps")

@@ -1,5 +1,6 @@
 """Runs the evaluations of a workdir's config, keeps their results, compares two runs pair by pair."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -10,9 +11,11 @@ import jax
 import numpy as np
 from absl import logging
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
+from xattn import data, tasks
 from xattn.checkpoints import read_config
 from xattn.checkpoints.workdir import load_variables
 from xattn.config import Config, UsageError, check_options, lookup, write_atomically
@@ -24,8 +27,9 @@ from xattn.evals.flow_picture import draw_flow
 from xattn.evals.masked_language import check_masked_language, describe_masked_language, masked_language
 from xattn.evals.optical_flow import check_optical_flow, describe_optical_flow, optical_flow
 from xattn.models import build
-from xattn.parallel.distributed import check_same, exchange, first
-from xattn.parallel.mesh import evaluation_mesh, make_mesh, replicate, use_mesh
+from xattn.parallel.distributed import check_same, exchange, fetch, first
+from xattn.parallel.mesh import evaluation_mesh, make_mesh, num_replicas, state_shardings, use_mesh
+from xattn.parallel.watchdog import watchdog
 
 
 class Protocol(NamedTuple):
@@ -102,10 +106,10 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
         specs = {only: lookup(specs, only, "evaluation in this config")}
     if not specs:
         return {}
-    found, variables = load_variables(workdir, step)
     model = build(config.model.to_dict(), dtype=config.dtype)
     mesh = evaluation_mesh(**config.mesh)
-    replicated = replicate(variables, mesh)
+    found, variables = load_variables(workdir, step, shardings=functools.partial(_shardings, model, config, mesh))
+    check_same("the checkpoint", {"the step that is intact": str(found)})
     folder = workdir / "evals" / str(found)
     kept = first("the results that are there", lambda: _kept(folder, specs))
     results = {}
@@ -113,13 +117,14 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
         if name in kept:
             results[name] = kept[name]
             continue
-        with use_mesh(mesh):
-            result = run(spec, model, replicated, config)
+        with use_mesh(mesh), watchdog(config.watchdog_seconds):
+            result = run(spec, model, variables, config)
         text = json.dumps({"spec": spec, "step": found, **result})
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"{name}.json", text)
         results[name] = json.loads(text)
+    whole = jax.tree.map(fetch, variables)
     if jax.process_index() == 0:
         _print_results(f"{workdir}, step {found}", results)
         for kind, protocol in EVALS.items():
@@ -127,16 +132,34 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
             path = workdir / "plots" / f"{kind}_{found}.png"
             if protocol.draw and name and not (name in kept and path.is_file()):
                 with use_mesh(make_mesh(data=1)):
-                    drawn = protocol.draw(model, variables, config, path, specs[name])
+                    drawn = protocol.draw(model, whole, config, path, specs[name])
                 print(f"an example of {kind}: {drawn}")
     exchange("the end of the evaluation", "")
     return results
 
 
+def _shardings(model: nn.Module, config: Config, mesh: Mesh, saved: Any) -> Any:
+    """Where the arrays of a checkpoint's model go: whole to every device, or split as in training."""
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), saved)
+    if num_replicas(mesh) == mesh.shape["data"] == mesh.size:
+        return whole
+    task, key = tasks.build(config.task.to_dict()), jax.random.key(0)
+    batch = data.batch_shapes(config.data.to_dict(), config.pipeline.to_dict())
+    with use_mesh(mesh):
+        named = jax.eval_shape(lambda batch: model.init({"params": key, "dropout": key}, *task.inputs(batch)), batch)
+    params, _ = state_shardings(named["params"], mesh)
+    return whole | {name: params for name in ("params", "ema") if saved[name]}
+
+
 def _kept(folder: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
     """The results of a folder that were computed with the same settings."""
     paths = {name: path for name in specs if (path := folder / f"{name}.json").is_file()}
-    results = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    results = {}
+    for name, path in paths.items():
+        try:
+            results[name] = json.loads(path.read_text())
+        except ValueError as error:
+            logging.warning("%s is damaged (%s): it is computed again.", path, error)
     return {name: old for name, old in results.items() if old["spec"] == json.loads(json.dumps(specs[name]))}
 
 

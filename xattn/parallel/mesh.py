@@ -7,12 +7,13 @@ parameters among them), `tensor` (heads and hidden units) and `sequence` (keys o
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -57,7 +58,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1)
     """A mesh over this run's devices with the axes `data, fsdp, tensor, sequence`.
 
     One size may be -1: it takes the devices that the others leave. A mesh smaller than the machine uses
-    the first devices.
+    the first devices. Devices of one process are arranged by their places in its machine; of several processes, in the
+    order of processes, so that each has rows of a batch that lie behind each other, whatever machine or slice it is in.
 
     Raises:
       UsageError: the sizes need more devices than there are, or don't divide them.
@@ -66,7 +68,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UsageError(f"config.mesh is {sizes}: give positive sizes, and -1 to at most one axis.")
-    devices = jax.devices()
+    devices = in_order(jax.devices())
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fixed > len(devices) or (free and len(devices) % fixed):
         raise UsageError(
@@ -76,20 +78,35 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1)
     if free:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
-    used = devices[: math.prod(shape)]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+    return Mesh(arrange(devices[: math.prod(shape)], shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def in_order(devices: Sequence[Any]) -> list[Any]:
+    """Devices in the order of their slices, and within one of their processes."""
+    return sorted(devices, key=lambda x: (getattr(x, "slice_index", None) or 0, x.process_index, x.id))
+
+
+def arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices that are `in_order`, as an array of this shape: see `make_mesh`."""
+    if len({device.process_index for device in devices}) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(shape)
 
 
 def evaluation_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
-    """A mesh of replicas only, on as many devices as the mesh of a run has, or as there are if they are fewer.
+    """The mesh on which a run of these sizes is evaluated.
 
-    Of several processes each takes part with all its devices.
+    It is the run's own if that splits a model and there are as many devices. Otherwise it has replicas only, on as many
+    devices as the run's, or as there are if they are fewer; of several processes each takes part with all its devices.
     """
+    sizes, available = (data, fsdp, tensor, sequence), len(jax.devices())
+    fixed = math.prod(size for size in sizes if size != -1)
+    whole = fixed == available if -1 not in sizes else available % fixed == 0
+    if sizes[1:] != (1, 1, 1) and (whole or (jax.process_count() == 1 and fixed < available)):
+        return make_mesh(*sizes)
     if jax.process_count() > 1:
         return make_mesh()
-    sizes = (data, fsdp, tensor, sequence)
-    available = len(jax.devices())
-    return make_mesh(data=available if -1 in sizes else min(available, math.prod(sizes)))
+    return make_mesh(data=available if -1 in sizes else min(available, fixed))
 
 
 def num_replicas(mesh: Mesh) -> int:
@@ -110,7 +127,8 @@ def gather_for_each_pass(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     Otherwise a device would keep each layer's gathered parameters from the forward to the backward pass, which ends in
     all parameters at once. What the forward pass computed is kept as ever.
     """
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+    # What is looked for with `debug_nans` would be found in this function, and not in the model.
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or jax.debug_nans.value:
         return loss_fn
     return jax.checkpoint(loss_fn, policy=jax.checkpoint_policies.everything_saveable)
 
@@ -226,11 +244,6 @@ def local_rows(array: Any) -> np.ndarray:
     on_rows = jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), BATCH))
     shards = {shard.index[0].start or 0: shard.data for shard in on_rows.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of a tree, which every process has, whole on every device of the mesh."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), tree)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

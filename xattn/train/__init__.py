@@ -1,6 +1,6 @@
 """The training program and its parts."""
 
-from xattn.train.loop import Preempted, train
+from xattn.train.loop import Preempted, on_sigterm, train
 from xattn.train.reporting import NotFinite
 
-__all__ = ["NotFinite", "Preempted", "train"]
+__all__ = ["NotFinite", "Preempted", "on_sigterm", "train"]

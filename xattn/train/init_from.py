@@ -49,7 +49,11 @@ def load_pretrained(spec: InitFrom) -> dict[str, np.ndarray]:
     Raises:
       UsageError: no run, or no such checkpoint, or `take` or `rename` names nothing in it.
     """
-    _, variables = load_variables(Path(spec.workdir), spec.step)
+    # A device may not have room for all of it.
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    _, variables = load_variables(
+        Path(spec.workdir), spec.step, shardings=lambda tree: jax.tree.map(lambda _: host, tree)
+    )
     held: dict[str, Any] = flatten_dict(jax.device_get(variables), sep="/")
     for key in ("take", "rename"):
         for name in getattr(spec, key):

@@ -6,9 +6,7 @@ stopped at any moment continues, bit for bit, from its latest checkpoint: start 
 
 import hashlib
 import json
-import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -29,6 +27,7 @@ from xattn.checkpoints import Checkpoints, latest_step, open_workdir
 from xattn.config import Config, UsageError, check_config, check_options, config_hash
 from xattn.parallel import distributed, pmap
 from xattn.parallel.mesh import make_mesh, num_replicas, row_share, shard_batch, use_mesh
+from xattn.parallel.watchdog import watchdog
 from xattn.train.init_from import InitFrom, fit_pretrained, load_pretrained, start_from
 from xattn.train.plan import check_layout, make_plan, misfits_named
 from xattn.train.reporting import NotFinite, Reporter
@@ -79,7 +78,11 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
         distributed.check_same("the step", {"the program of a step": _hash(plan.lowered.as_text())})
 
     # From here on the workdir is this run's alone.
-    with open_workdir(workdir, config):
+    with (
+        open_workdir(workdir, config),
+        _asked_to_stop() as stop_after,
+        watchdog(config.watchdog_seconds) as turn,
+    ):
         metric = config.validation.metric if config.validation else None
         saved = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
         with use_mesh(mesh), closing(saved) as checkpoints:
@@ -89,11 +92,7 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
                 state = start_from(given, state)
             start = int(state.step)
 
-            with (
-                Reporter(workdir, start, config.num_steps, config.pipeline.batch_size, config.max_skipped) as report,
-                _asked_to_stop() as stop_after,
-                _watchdog(config.watchdog_seconds) as turn,
-            ):
+            with Reporter(workdir, start, config.num_steps, config.pipeline.batch_size, config.max_skipped) as report:
                 for note in plan.notes:
                     report.say(f"not sharded: {note}")
                 report.say(_summary(config, state, mesh, workdir, start))
@@ -130,11 +129,11 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
                     if stopping:
                         raise Preempted(f"stopped at step {step}; the same command continues from there.")
                 report.plot_curves()
-                if stop_after(config.num_steps + 1):
-                    raise Preempted(f"stopped at step {config.num_steps}; the same command continues from there.")
+        if stop_after(config.num_steps + 1):
+            raise Preempted(f"stopped at step {config.num_steps}; the same command continues from there.")
 
         # Evaluation of the checkpoint that `xattn.load` gives.
-        with _on_sigterm(_stop_evaluating):
+        with on_sigterm("stopped while evaluating; the same command continues from there."):
             return evals.evaluate_workdir(workdir)
 
 
@@ -186,7 +185,7 @@ def _asked_to_stop() -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
     else:
         stop = threading.Event()
-        with _on_sigterm(lambda *_: stop.set()):
+        with _handled(lambda *_: stop.set()):
             yield lambda step: stop.is_set()
 
 
@@ -210,44 +209,18 @@ def _naming_nans(step_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """Gives what to call at every turn of a loop: with no call for `seconds`, the stacks of all threads go to stderr.
+def on_sigterm(message: str) -> Iterator[None]:
+    """Raises `Preempted` at once on SIGTERM: where there is nothing to save."""
 
-    It ends nothing: what is slow goes on. 0 seconds turn it off.
-    """
-    turned, ended = threading.Event(), threading.Event()
+    def stop(*_: Any) -> None:
+        raise Preempted(message)
 
-    def watch() -> None:
-        while not ended.is_set():
-            if not turned.wait(seconds):
-                os.write(2, _stacks(seconds).encode())
-                turned.wait()
-            turned.clear()
-
-    if not seconds:
-        yield lambda: None
-        return
-    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
-    thread.start()
-    try:
-        yield turned.set
-    finally:
-        ended.set()
-        turned.set()
-        thread.join()
-
-
-def _stacks(seconds: float) -> str:
-    """What every thread is doing. `faulthandler` would look without Python's lock, and may crash a run that is fine."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    lines = [f"no step for {seconds:g} s; what the threads of process {jax.process_index()} are doing:\n"]
-    for ident, frame in sys._current_frames().items():
-        lines += [f"Thread {names.get(ident, ident)} (most recent call last):\n", *traceback.format_stack(frame)]
-    return "".join(lines)
+    with _handled(stop):
+        yield
 
 
 @contextmanager
-def _on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
+def _handled(handler: Callable[..., None]) -> Iterator[None]:
     """Calls `handler` on SIGTERM; outside the main thread, where signals can't be caught, it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -257,7 +230,3 @@ def _on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _stop_evaluating(*_: Any) -> None:
-    raise Preempted("stopped while evaluating; the same command continues from there.")

@@ -48,7 +48,6 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
     Raises:
       UsageError: something in the config does not fit the mesh or the rest of the config.
     """
-    check_layout(config, mesh)
     mapped = config.mode == "pmap"
     model = models.build(config.model.to_dict(), dtype=config.dtype)
     task = tasks.build(config.task.to_dict())
@@ -102,6 +101,8 @@ def misfits_named() -> Iterator[None]:
         yield
     except UsageError:
         raise
+    except KeyError as error:  # a task that asks for what the batches of another one have
+        raise UsageError(f"model, task and data of the config do not fit: nothing is called {error}.") from error
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and "shape" not in str(error):  # a mistake in the program, not in the config
             raise
