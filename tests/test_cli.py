@@ -46,7 +46,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--config.mesh.data=3"], "batch_size is 1"),
         (["--config.mesh.data=64"], "does not fit 8 cpu device(s)"),
         (["--config.pipeline.batch_size=4", "--config.accumulate_steps=3"], "make it a multiple of 3"),
-        (["--config.task.name=classification"], "do not fit: nothing is called 'image'"),
+        (["--config.task.name=classification"], "task and data of the config do not fit: the batches have no 'image'"),
         (["--config.num_steps=0"], "config.num_steps is 0: give a number at least 1"),
         (["--config.mode=pmp"], "there is no mode 'pmp': did you mean 'pmap'?"),
         (["--config.mode=pmap", "--config.mesh.data=4", "--config.mesh.tensor=2"], "take the mode 'jit'"),
@@ -65,7 +65,7 @@ def test_mistakes_in_a_config(tmp_path, capsys, arguments, sentence):
 def test_sigterm_before_the_first_step_ends_with_the_code_of_the_config(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "build", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert main(["train", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.preempt_exit_code=75"]) == 75
-    assert "stopped before the first step." in capsys.readouterr().out
+    assert "stopped before training." in capsys.readouterr().out
 
 
 def test_heads_that_do_not_divide(tmp_path, capsys):

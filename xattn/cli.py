@@ -114,7 +114,7 @@ def _train(arguments: list[str]) -> int:
     # Of several processes, jax has to see it.
     alone = not jax.distributed.is_initialized()
     try:
-        with train.on_sigterm("stopped before the first step.") if alone else contextlib.nullcontext():
+        with train.on_sigterm("stopped before training.") if alone else contextlib.nullcontext():
             train.train(config, workdir, values.debug_nans)
     except train.Preempted as stopped:
         print(stopped)

@@ -1,5 +1,6 @@
 """What each device of a mesh holds and sends: shards only, whatever the batch; and `xattn inspect --mesh`."""
 
+import functools
 import json
 import math
 import re
@@ -79,8 +80,16 @@ def test_a_device_holds_whole_parameters_of_the_layer_at_work_only(fully_sharded
     name, report, planned = fully_sharded
     assert 0 < report["memory"]["gathered_at_once"] <= largest_two(planned)
     if name == SMOKE[-1]:  # what the backward pass does not gather anew is held all the while
-        monkeypatch.setattr(step, "gather_for_each_pass", lambda loss_fn: loss_fn)
+        monkeypatch.setattr(step, "value_and_grad", functools.partial(jax.value_and_grad, has_aux=True))
         assert step_cost(smoke(name), FSDP)["memory"]["gathered_at_once"] > largest_two(planned)
+
+
+@pytest.mark.slow
+def test_microbatches_gather_what_the_layer_at_work_needs_only():
+    config = smoke(SMOKE[-1], 16)
+    config.accumulate_steps = 2
+    planned = make_plan(config, make_mesh(**FSDP))
+    assert 0 < step_cost(config, FSDP)["memory"]["gathered_at_once"] <= largest_two(planned)
 
 
 @pytest.mark.slow

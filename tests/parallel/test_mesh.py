@@ -22,13 +22,14 @@ from xattn.parallel.mesh import (
     arrange,
     batch_shapes,
     check_batch,
-    gather_for_each_pass,
+    evaluation_mesh,
     in_order,
     make_mesh,
     part_of,
     shard_batch,
     state_shardings,
     use_mesh,
+    value_and_grad,
     without_names,
 )
 from xattn.train.optim import OPTIMIZERS, make_optimizer
@@ -384,14 +385,48 @@ def test_on_any_machine_each_process_has_rows_behind_each_other(chips, shape):
     assert slices == sorted(slices)  # the slowest axes go from slice to slice
 
 
-def test_the_current_mesh_decides_whether_parameters_are_gathered_anew():
-    def loss(x):
-        return x
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (dict(data=4), (4, 1, 1, 1)),
+        (dict(data=-1), (8, 1, 1, 1)),
+        (dict(data=64), (8, 1, 1, 1)),
+        (dict(data=2, fsdp=2), (2, 2, 1, 1)),
+        (dict(data=-1, fsdp=2, tensor=2), (2, 2, 2, 1)),
+        (dict(data=1, fsdp=16), (8, 1, 1, 1)),  # of another machine
+        (dict(data=-1, fsdp=3), (8, 1, 1, 1)),
+        (dict(data=1, sequence=4), (4, 1, 1, 1)),  # it splits no parameters
+    ],
+)
+def test_a_run_is_evaluated_on_its_mesh_if_that_splits_parameters(sizes, expected):
+    assert tuple(evaluation_mesh(**sizes).shape.values()) == expected
 
-    assert gather_for_each_pass(loss) is loss
-    with use_mesh(make_mesh(data=4, tensor=2)):
-        assert gather_for_each_pass(loss) is loss
+
+@pytest.mark.parametrize("sizes", [dict(data=4, tensor=2), dict(data=2, fsdp=4)])
+def test_value_and_grad_are_those_of_jax(sizes):
+    w, x = jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.linspace(0, 1, 8).reshape(2, 4)
+
+    def loss(params, x):
+        y = jnp.tanh(jax.checkpoint(jnp.matmul)(x, params["w"]))
+        return jnp.sum(y**2), {"mean": y.mean(), "kept": params["n"]}
+
+    params = {"w": w, "n": jnp.float32(3)}
+    with use_mesh(make_mesh(**sizes)):
+        found = jax.jit(lambda *arrays: value_and_grad(loss)(*arrays))(params, x)
+    expected = jax.value_and_grad(loss, has_aux=True)(params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+
+
+def test_layers_that_are_recomputed_stay_so_under_fsdp():
+    """What the backward pass gets of four layers: their inputs."""
+
+    def loss(w, x):
+        for _ in range(4):
+            x = jax.checkpoint(lambda x: jnp.tanh(jnp.tanh(jnp.tanh(x @ w))))(x)
+        return x.sum(), ()
+
+    w, x = jnp.ones((8, 8)), jnp.ones((16, 8))
     with use_mesh(make_mesh(data=4, fsdp=2)):
-        assert gather_for_each_pass(loss) is not loss
-        with jax.debug_nans(True):
-            assert gather_for_each_pass(loss) is loss
+        step = jax.make_jaxpr(lambda *arrays: value_and_grad(loss)(*arrays))(w, x)
+    handed = [eqn for eqn in step.eqns if eqn.primitive.name == "optimization_barrier"][-1]
+    assert sum(var.aval.shape == x.shape for var in handed.invars) <= 5

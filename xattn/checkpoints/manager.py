@@ -26,7 +26,7 @@ from absl import logging
 from jaxtyping import Array, UInt32
 
 from xattn.config import UsageError, lookup
-from xattn.parallel.distributed import exchange
+from xattn.parallel.distributed import exchange, first
 
 FORMAT_VERSION = 1
 
@@ -150,7 +150,7 @@ class Checkpoints:
                 return step, asked["model"], asked["training"]
             except DamagedCheckpoint as error:
                 self._set_aside(step, error)
-        if (self.folder.parent / "damaged").is_dir():
+        if steps or first("what was damaged", (self.folder.parent / "damaged").is_dir):
             raise UsageError(
                 f"all checkpoints in {self.folder} were damaged and are now in "
                 f"{self.folder.parent / 'damaged'}: start again with a new workdir."
@@ -162,19 +162,21 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-          shardings: of the tree of shapes, a tree of shardings for it; by default all is on the first device.
+          shardings: of the tree of shapes, a tree of shardings for it; all processes must call this then, and agree on
+            what they find. By default all is on the first device.
 
         Raises:
           UsageError: the format version is another.
           DamagedCheckpoint: it is not what was saved.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        self._readable_meta(step)
-        with _damage_named():
-            tree = self._manager.item_metadata(step)["model"].tree
-        places = jax.tree.map(lambda _: device, tree) if shardings is None else shardings(tree)
-        target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
-        meta, arrays = self._read(step, {"model": target})
+        with contextlib.nullcontext() if shardings is None else _agreed():
+            self._readable_meta(step)
+            with _damage_named():
+                tree = self._manager.item_metadata(step)["model"].tree
+            places = jax.tree.map(lambda _: device, tree) if shardings is None else shardings(tree)
+            target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+            meta, arrays = self._read(step, {"model": target})
         _verify(meta, arrays)
         return arrays["model"]
 

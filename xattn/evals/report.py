@@ -124,18 +124,27 @@ def evaluate_workdir(workdir: Path, step: int | str = "best", only: str | None =
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"{name}.json", text)
         results[name] = json.loads(text)
-    whole = jax.tree.map(fetch, variables)
     if jax.process_index() == 0:
         _print_results(f"{workdir}, step {found}", results)
-        for kind, protocol in EVALS.items():
-            name = next((name for name, spec in specs.items() if spec["name"] == kind), None)
-            path = workdir / "plots" / f"{kind}_{found}.png"
-            if protocol.draw and name and not (name in kept and path.is_file()):
-                with use_mesh(make_mesh(data=1)):
-                    drawn = protocol.draw(model, whole, config, path, specs[name])
-                print(f"an example of {kind}: {drawn}")
+    pictures = _pictures(workdir, found, specs)
+    missing = first("the pictures", lambda: [kind for kind, (_, path) in pictures.items() if not path.is_file()])
+    due = [kind for kind, (name, _) in pictures.items() if kind in missing or name not in kept]
+    if due:
+        whole = jax.tree.map(fetch, variables)
+        for kind in due if jax.process_index() == 0 else ():
+            name, path = pictures[kind]
+            draw: Any = EVALS[kind].draw
+            with use_mesh(make_mesh(data=1)):
+                print(f"an example of {kind}: {draw(model, whole, config, path, specs[name])}")
     exchange("the end of the evaluation", "")
     return results
+
+
+def _pictures(workdir: Path, step: int, specs: Mapping[str, Any]) -> dict[str, tuple[str, Path]]:
+    """For each protocol that draws, the first evaluation by it and where its picture goes."""
+    names = {spec["name"]: name for name, spec in reversed(list(specs.items()))}
+    drawn = [kind for kind, protocol in EVALS.items() if protocol.draw and kind in names]
+    return {kind: (names[kind], workdir / "plots" / f"{kind}_{step}.png") for kind in drawn}
 
 
 def _shardings(model: nn.Module, config: Config, mesh: Mesh, saved: Any) -> Any:

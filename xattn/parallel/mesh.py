@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
@@ -96,13 +97,15 @@ def arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 def evaluation_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
     """The mesh on which a run of these sizes is evaluated.
 
-    It is the run's own if that splits a model and there are as many devices. Otherwise it has replicas only, on as many
-    devices as the run's, or as there are if they are fewer; of several processes each takes part with all its devices.
+    It is the run's own if that splits parameters and there are devices for it. Otherwise it has replicas only, on as
+    many devices as the run's, or as there are if they are fewer; of several processes each takes part with all of its
+    devices.
     """
     sizes, available = (data, fsdp, tensor, sequence), len(jax.devices())
     fixed = math.prod(size for size in sizes if size != -1)
-    whole = fixed == available if -1 not in sizes else available % fixed == 0
-    if sizes[1:] != (1, 1, 1) and (whole or (jax.process_count() == 1 and fixed < available)):
+    all_used = available % fixed == 0 if -1 in sizes else available == fixed
+    fits = all_used or (jax.process_count() == 1 and -1 not in sizes and fixed < available)
+    if (fsdp, tensor) != (1, 1) and fits:
         return make_mesh(*sizes)
     if jax.process_count() > 1:
         return make_mesh()
@@ -121,16 +124,22 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def gather_for_each_pass(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function for `jax.grad` whose backward pass gathers parameters anew where the current mesh has an `fsdp` axis.
+def value_and_grad(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.value_and_grad(loss_fn, has_aux=True)`, with parameters gathered layer by layer in each of the two passes.
 
-    Otherwise a device would keep each layer's gathered parameters from the forward to the backward pass, which ends in
-    all parameters at once. What the forward pass computed is kept as ever.
+    On a mesh with `fsdp` a compiler would gather those of all microbatches at once, and keep them from the forward to
+    the backward pass: all parameters, whole on each device. Barriers tell it to take their parts again.
     """
-    # What is looked for with `debug_nans` would be found in this function, and not in the model.
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or jax.debug_nans.value:
-        return loss_fn
-    return jax.checkpoint(loss_fn, policy=jax.checkpoint_policies.everything_saveable)
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return jax.value_and_grad(loss_fn, has_aux=True)
+
+    def in_two_passes(params: Any, *rest: Any) -> tuple[Any, Any]:
+        params, rest = jax.lax.optimization_barrier((params, rest))
+        loss, pull, aux = jax.vjp(lambda params: loss_fn(params, *rest), params, has_aux=True)
+        pull, one = jax.lax.optimization_barrier((pull, jnp.ones_like(loss)))
+        return (loss, aux), pull(one)[0]
+
+    return in_two_passes
 
 
 def without_names(tree: Any) -> Any:

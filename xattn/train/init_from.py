@@ -7,6 +7,7 @@ Arrays of the same name and shape are taken over, rounded to this model's dtypes
     head*        classifiers for another number of classes start anew
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -49,11 +50,8 @@ def load_pretrained(spec: InitFrom) -> dict[str, np.ndarray]:
     Raises:
       UsageError: no run, or no such checkpoint, or `take` or `rename` names nothing in it.
     """
-    # A device may not have room for all of it.
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    _, variables = load_variables(
-        Path(spec.workdir), spec.step, shardings=lambda tree: jax.tree.map(lambda _: host, tree)
-    )
+    on_host = functools.partial(jax.tree.map, lambda _: _host())
+    _, variables = load_variables(Path(spec.workdir), spec.step, shardings=on_host)
     held: dict[str, Any] = flatten_dict(jax.device_get(variables), sep="/")
     for key in ("take", "rename"):
         for name in getattr(spec, key):
@@ -64,6 +62,15 @@ def load_pretrained(spec: InitFrom) -> dict[str, np.ndarray]:
     if len(given) < len(taken):
         raise UsageError("config.init_from.rename gives two arrays one name: take only one of them.")
     return given
+
+
+def _host() -> jax.sharding.Sharding:
+    """The host, which has room for a model that is split over devices; the first device where jax may not use it."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
 
 
 def fit_pretrained(given: Mapping[str, np.ndarray], abstract: TrainState, spec: InitFrom) -> dict[str, Any]:

@@ -78,14 +78,15 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
         distributed.check_same("the step", {"the program of a step": _hash(plan.lowered.as_text())})
 
     # From here on the workdir is this run's alone.
-    with (
-        open_workdir(workdir, config),
-        _asked_to_stop() as stop_after,
-        watchdog(config.watchdog_seconds) as turn,
-    ):
+    with open_workdir(workdir, config):
         metric = config.validation.metric if config.validation else None
         saved = Checkpoints(workdir, keep=config.checkpoint.keep, metric=metric)
-        with use_mesh(mesh), closing(saved) as checkpoints:
+        with (
+            _asked_to_stop() as stop_after,
+            watchdog(config.watchdog_seconds) as turn,
+            use_mesh(mesh),
+            closing(saved) as checkpoints,
+        ):
             restored = checkpoints.restore_latest(plan.state.inference_part(), plan.state.training_part())
             state = plan.create(key) if restored is None else replace(plan.state, **restored[1], **restored[2])
             if given and restored is None:

@@ -1,8 +1,10 @@
 """Model, state and step of a config, planned for a mesh: traced, and nothing of it allocated."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -101,8 +103,10 @@ def misfits_named() -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except KeyError as error:  # a task that asks for what the batches of another one have
-        raise UsageError(f"model, task and data of the config do not fit: nothing is called {error}.") from error
+    except KeyError as error:
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name != "tasks":
+            raise
+        raise UsageError(f"task and data of the config do not fit: the batches have no {error}.") from error
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and "shape" not in str(error):  # a mistake in the program, not in the config
             raise

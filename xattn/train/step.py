@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from xattn.parallel.mesh import gather_for_each_pass
+from xattn.parallel.mesh import value_and_grad
 from xattn.train.optim import Schedule
 from xattn.train.state import TrainState
 
@@ -58,7 +58,7 @@ def make_train_step(
     update_fn = optax.with_extra_args_support(optimizer).update
 
     def gradients(state: TrainState, batch: dict, rng: jax.Array) -> tuple[Any, Metrics, Any]:
-        grad_fn = jax.value_and_grad(gather_for_each_pass(loss_fn), has_aux=True)
+        grad_fn = value_and_grad(loss_fn)
         if accumulate_steps == 1:
             (_, (metrics, model_state)), grads = grad_fn(
                 state.params, state.model_state, batch, jax.random.fold_in(rng, 0)
