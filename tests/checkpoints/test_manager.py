@@ -1,5 +1,6 @@
 """Saving and restoring, also after the things that happen to files."""
 
+import errno
 import gc
 import json
 import logging
@@ -290,6 +291,23 @@ def test_whatever_file_is_lost_the_contents_are_right_or_refused(two_steps, tmp_
             (workdir / lost.relative_to(two_steps)).unlink()
             step, model, training = opened(workdir=workdir).restore_latest(*map(abstract, items()))
             assert_bits((model, training), items(step))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), ValueError("INTERNAL: read [os_error_code='116'] from file")]
+)
+def test_a_file_system_that_fails_is_no_damage(two_steps, tmp_path, opened, monkeypatch, error):
+    shutil.copytree(two_steps, tmp_path / "run")
+    checkpoints = opened(workdir=tmp_path / "run")
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints._arrays["model"], "restore", fails)
+    with pytest.raises(UsageError, match="a checkpoint can't be read .*; nothing was changed: give the same command"):
+        checkpoints.restore_latest(*map(abstract, items()))
+    assert checkpoints.steps() == [1, 2]
+    assert not (tmp_path / "run" / "damaged").exists()
 
 
 @leftovers

@@ -16,8 +16,7 @@ from xattn.bench.goals import Goal
 from xattn.bench.measure import Case, Program, Row, jitted
 from xattn.ops.attention import dot_product_attention
 from xattn.ops.attention.absorbed import Affine, absorbed_attention, absorbing_pays
-from xattn.ops.attention.api import large_scores
-from xattn.ops.attention.chunked import KEY_CHUNK
+from xattn.ops.attention.chunked import KEY_CHUNK, large_scores
 from xattn.ops.products import einsum
 
 LOSS = 1.05

@@ -10,8 +10,11 @@ floating-point type. Several processes agree on what they find before they go on
 """
 
 import contextlib
+import errno
 import json
 import math
+import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -249,6 +252,10 @@ class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept for step in steps]
 
 
+# What the operating system says of a file that is not there, if it says anything; all else is no checkpoint's fault.
+_MISSING = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
 @contextlib.contextmanager
 def _damage_named() -> Iterator[None]:
     try:
@@ -256,6 +263,13 @@ def _damage_named() -> Iterator[None]:
     except (DamagedCheckpoint, MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # a device without memory
         raise
     except Exception as error:  # Orbax raises several types, also a bare Exception
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number not in _MISSING:
+            raise UsageError(
+                f"a checkpoint can't be read ({os.strerror(number)}); nothing was changed: give the same command again "
+                f"when the file system answers. {' '.join(str(error).split())[:200]}"
+            ) from error
         raise DamagedCheckpoint(" ".join(str(error).split())[:200]) from error
 
 

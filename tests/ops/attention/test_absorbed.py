@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.ops.attention import Mask, api, chunked, dot_product_attention
+from xattn.ops.attention import Mask, chunked, dot_product_attention
+from xattn.ops.attention import absorbed as absorbed_module
 from xattn.ops.attention.absorbed import Affine, Norm, absorbed_attention, absorbing_pays
 
 QUERIES, KEYS, CHANNELS, HEADS, WIDTH, V_WIDTH = 3, 8, 5, 4, 6, 2
@@ -67,7 +68,7 @@ def absorbed(query, inputs, key, value, norm, **options):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_projecting_forward_and_backward(monkeypatch, case, chunks):
     if chunks:
-        monkeypatch.setattr(api, "CHUNKED_FROM", 0)
+        monkeypatch.setattr(absorbed_module, "CHUNKED_FROM", 0)
         monkeypatch.setattr(chunked, "KEY_CHUNK", 3)
     options = dict(CASES[case])
     inputs = arrays(**{name: options.pop(name) for name in ("biases", "norm", "kv_heads") if name in options})

@@ -5,6 +5,7 @@ jax's own CPU implementation of the same function stands in for the kernel, and 
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.ops.attention.test_attention import SEGMENTS, Case, by_definition, chosen
 from xattn.ops.attention import Mask, api, cudnn, dot_product_attention
+from xattn.parallel.mesh import make_mesh
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +95,31 @@ def arrays(queries=64, keys=96, heads=4, kv_heads=2, width=32, v_width=32, dtype
     ]
 
 
-def test_it_is_chosen_wherever_it_can_serve(monkeypatch, stand_in):
-    assert chosen(monkeypatch, *arrays()) == ["cudnn"]
-    assert chosen(monkeypatch, *arrays(), key_chunk_size=32) == ["chunked"]
-    assert chosen(monkeypatch, *arrays(), implementation="xla") == ["xla"]
+def test_fused_is_this_kernel_wherever_it_can_serve(monkeypatch, stand_in):
+    fused = functools.partial(chosen, monkeypatch, implementation="fused")
+    assert fused(*arrays()) == ["cudnn"]
+    assert fused(*arrays(queries=4096, keys=4096), mask=Mask.causal()) == ["cudnn"]
+    assert fused(*arrays(), key_chunk_size=32) == ["chunked"]
+    assert chosen(monkeypatch, *arrays()) == ["xla"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", [None, Mask.causal(3), "keys", "heads"])
+def test_each_device_of_a_mesh_has_its_rows_and_heads(kv_heads, mask, stand_in):
+    shape = {"keys": (1, 1, 8), "heads": (4, 1, 8)}.get(mask, mask)
+    case = HALF(batch=(4,), kv_heads=kv_heads, mask=shape, bias=(4, 6, 8), dtype=jnp.bfloat16)
+    inputs = case.inputs()
+
+    def attend(arrays, mask):
+        return dot_product_attention(**arrays, mask=mask, implementation="cudnn")
+
+    names = ("query", "key", "value", "bias")
+    alone = jax.jit(attend)({name: inputs[name] for name in names}, inputs["mask"])
+    with jax.set_mesh(make_mesh(data=2, tensor=4)):
+        parts = jax.jit(attend)({name: inputs[name] for name in names}, inputs["mask"])
+    whole_heads = kv_heads < 4  # the mesh does not divide them
+    assert {shard.data.shape for shard in parts.addressable_shards} == {(2, 6, 4 if whole_heads else 1, 8)}
+    np.testing.assert_allclose(np.float32(parts), np.float32(alone), rtol=2e-2, atol=2e-2)
 
 
 MISFITS = {
@@ -107,6 +130,8 @@ MISFITS = {
     "heads of 136 and 136 must be of one width, a multiple of 8 up to 128": (dict(width=136, v_width=136), {}),
     "63 queries and 96 keys must both be even": (dict(queries=63), {}),
     "64 queries and 95 keys must both be even": (dict(keys=95), {"mask": Mask.causal()}),
+    "a bias of float32 would be rounded to bfloat16": ({}, {"bias": jnp.zeros(())}),
+    "a bias or a mask of 2048 x 4096 would take much memory": (dict(queries=2048, keys=4096), {"mask": Mask.causal()}),
     "the scale must be a number": ({}, {"scale": jnp.ones(4)}),
     "it has no soft cap": ({}, {"logits_soft_cap": 3.0}),
     "it does not drop the weights": ({}, {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}),
@@ -123,18 +148,31 @@ def test_what_it_cannot_serve_is_computed_otherwise_and_the_reason_logged_once(r
     said = []
     monkeypatch.setattr(logging, "info", said.append)
     for _ in range(2):
-        assert chosen(monkeypatch, *arrays(**shapes), **options) == ["xla"]
+        other = "chunked" if "memory" in reason else "xla"
+        assert chosen(monkeypatch, *arrays(**shapes), implementation="fused", **options) == [other]
     assert len(said) == 1 and said[0].startswith("attention without cudnn: ") and reason in said[0]
 
 
-def test_without_a_gpu_nothing_is_chosen_and_nothing_logged(monkeypatch):
+def test_without_a_gpu_it_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.undo()
-    said = []
-    monkeypatch.setattr(logging, "info", said.append)
-    assert chosen(monkeypatch, *arrays()) == ["xla"]
-    assert not said
-    with pytest.raises(ValueError, match="'cudnn' can't serve: it needs an NVIDIA GPU; leave it out"):
+    with pytest.raises(
+        ValueError, match="'cudnn' can't serve: it needs an NVIDIA GPU of .*; use 'fused' or leave it out"
+    ):
         dot_product_attention(*(jnp.zeros((1, 4, 2, 8)),) * 3, implementation="cudnn")
+    assert chosen(monkeypatch, *arrays(), implementation="fused") == ["xla"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "widest"), [("7.5", None), ("8.0", 128), ("8.9", 128), ("9.0", 256), ("12.0", 256)]
+)
+def test_the_widest_head_of_a_generation(monkeypatch, capability, widest):
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        jax.extend.backend, "get_backend", lambda: SimpleNamespace(platform_version="PJRT C API, cuda 12090")
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert cudnn._widest_head() == widest
 
 
 GRID = [

@@ -75,12 +75,13 @@ def arrays(queries=512, keys=2**15, width=128, v_width=128, dtype=jnp.bfloat16):
     return [jax.ShapeDtypeStruct((1, *shape), dtype) for shape in shapes]
 
 
-def test_it_is_chosen_for_large_scores_where_it_can_serve(monkeypatch):
+def test_fused_is_this_kernel_wherever_it_can_serve(monkeypatch):
     said = []
     monkeypatch.setattr(logging, "info", said.append)
-    assert chosen(monkeypatch, *arrays()) == ["splash"]
-    assert chosen(monkeypatch, *arrays(dtype=jnp.float32), mask=Mask.causal(5), logits_soft_cap=2.0) == ["splash"]
-    assert chosen(monkeypatch, *arrays(), key_chunk_size=64) == ["chunked"]
+    fused = functools.partial(chosen, monkeypatch, implementation="fused")
+    assert fused(*arrays()) == ["splash"]
+    assert fused(*arrays(dtype=jnp.float32), mask=Mask.causal(5), logits_soft_cap=2.0) == ["splash"]
+    assert fused(*arrays(), key_chunk_size=64) == ["chunked"]
     assert chosen(monkeypatch, *arrays(keys=256)) == ["xla"]
     assert not said
 
@@ -95,6 +96,7 @@ def test_it_is_chosen_for_large_scores_where_it_can_serve(monkeypatch):
         ({}, {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}, "it does not drop weights"),
         ({}, {"mask": Mask.causal(jnp.int32(3))}, "it takes windows of constants"),
         ({}, {"mask": jnp.ones((512, 1), bool)}, "and no other mask"),
+        ({}, {"mask": Mask.causal(-512)}, "the window allows nothing"),
         ({}, {"return_lse": True}, "its log-sum-exp is not given out"),
     ],
 )
@@ -104,11 +106,11 @@ def test_what_it_cannot_serve_is_computed_in_chunks_and_the_reason_logged_once(m
     said = []
     monkeypatch.setattr(logging, "info", said.append)
     for _ in range(2):
-        assert chosen(monkeypatch, *arrays(**shapes), **options) == ["chunked"]
+        assert chosen(monkeypatch, *arrays(**shapes), implementation="fused", **options) == ["chunked"]
     assert len(said) == 1 and said[0].startswith("attention without splash: ") and reason in said[0]
 
 
 def test_without_a_tpu_it_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="'splash' can't serve: it needs a TPU; leave it out"):
+    with pytest.raises(ValueError, match="'splash' can't serve: it needs a TPU; use 'fused' or leave it out"):
         dot_product_attention(*(jnp.zeros((1, 128, 2, 128)),) * 3, implementation="splash")

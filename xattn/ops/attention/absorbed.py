@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from xattn.ops.attention import chunked
-from xattn.ops.attention.api import checked_mask, dot_product_attention, large_scores
+from xattn.ops.attention.api import checked_mask, dot_product_attention
 from xattn.ops.attention.masks import Mask
 
 
@@ -117,7 +117,7 @@ def absorbed_attention(
         "dropout_rng": dropout_rng,
     }
     rows, _ = jax.eval_shape(prepare, inputs)
-    if large_scores(query, rows, CHUNKED_FROM):
+    if chunked.large_scores(query, rows, CHUNKED_FROM):
         checked = checked_mask(query, rows, rows, bias, mask, scale, dropout_rate, dropout_rng)
         out, _ = chunked.attend_prepared(query, (inputs,), prepare, mask=checked, **options)
     else:

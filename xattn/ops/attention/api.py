@@ -1,8 +1,6 @@
 """The one public attention function: checks its arguments and picks an implementation."""
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +22,8 @@ IMPLEMENTATIONS = {
     "splash": splash.attend,
 }
 
-KERNELS = {"gpu": ("cudnn", cudnn.unfit), "tpu": ("splash", splash.unfit)}
-"""The fused kernel of each kind of device, and what tells why it cannot serve."""
-
-CHUNKED_FROM = 2**25
-"""Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used."""
+KERNELS = {"cudnn": cudnn.unfit, "splash": splash.unfit}
+"""The fused kernels of GPUs and TPUs, and what tells why one cannot serve."""
 
 
 def dot_product_attention(
@@ -65,12 +60,13 @@ def dot_product_attention(
       dropout_rng: key for dropout. What drops depends on this key and on the (batch, head, query, key)
         index alone, so it is the same in every implementation.
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
-      implementation: a name in `IMPLEMENTATIONS`. None takes "chunked" if a chunk size is given. Otherwise, on
-        NVIDIA GPUs it takes "cudnn" where that can serve. If the float32 scores take `CHUNKED_FROM` (32 MiB) or
-        more and M is at least a chunk of keys (256), it takes "splash" on TPUs where that can serve, and "chunked"
-        elsewhere. "xla" is left, which is faster there. Why a device's own kernel can't serve is logged, once.
+      implementation: a name in `IMPLEMENTATIONS`, or "fused". None takes "chunked" if a chunk size is given, or if
+        the float32 scores take `chunked.CHUNKED_FROM` (32 MiB) or more and M is at least a chunk of keys (256);
+        otherwise "xla", which is faster there. "fused" takes the kernel of the device, "cudnn" on NVIDIA GPUs and
+        "splash" on TPUs, where that can serve; elsewhere the same as None, and the reason is logged, once.
         "gather", "ring" and "kv_ring" compute where queries and keys are split over the mesh axis `sequence`
-        (`xattn.ops.attention.distributed`).
+        (`xattn.ops.attention.distributed`). "reference" and "xla" are differentiable in every mode, the others once in
+        reverse; the fused kernels are not for `jax.vmap`.
       query_chunk_size: queries in a block of "chunked", or of one device.
       key_chunk_size: keys in a block of "chunked", or of one device.
 
@@ -91,16 +87,22 @@ def dot_product_attention(
         "dropout_rate": dropout_rate,
     }
 
-    def misfit(unfit: Callable[..., str | None]) -> str | None:
-        return "its log-sum-exp is not given out" if return_lse else unfit(query, key, value, **options)
+    def misfit(kernel: str) -> str | None:
+        if return_lse:
+            return "its log-sum-exp is not given out"
+        return KERNELS[kernel](query, key, value, **options)
 
-    if implementation is None:
-        implementation = "chunked" if sizes else _choose(large_scores(query, key), misfit)
+    if implementation == "fused" and not sizes:
+        kernel = "splash" if jax.default_backend() == "tpu" else "cudnn"
+        if reason := misfit(kernel):
+            _log_once(f"attention without {kernel}: {reason}.")
+        implementation = None if reason else kernel
+    if implementation in (None, "fused"):
+        implementation = "chunked" if sizes or chunked.large_scores(query, key) else "xla"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)}.")
-    for name, unfit in KERNELS.values():
-        if implementation == name and (reason := misfit(unfit)):
-            raise ValueError(f"Implementation '{name}' can't serve: {reason}; leave it out.")
+        raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)} or fused.")
+    if implementation in KERNELS and (reason := misfit(implementation)):
+        raise ValueError(f"Implementation '{implementation}' can't serve: {reason}; use 'fused' or leave it out.")
     if sizes and implementation in ("reference", "xla", "cudnn", "splash"):
         raise ValueError(
             f"Implementation '{implementation}' takes no {' or '.join(sizes)}: use implementation='chunked' or leave "
@@ -119,18 +121,6 @@ def dot_product_attention(
         **sizes,
     )
     return (out, lse) if return_lse else out
-
-
-def _choose(large: bool, misfit: Callable[[Callable[..., str | None]], str | None]) -> str:
-    """The implementation for scores that are large or not, without wishes."""
-    device = jax.default_backend()
-    if device == "gpu" or (device == "tpu" and large):
-        name, unfit = KERNELS[device]
-        reason = misfit(unfit)
-        if reason is None:
-            return name
-        _log_once(f"attention without {name}: {reason}.")
-    return "chunked" if large else "xla"
 
 
 @functools.cache
@@ -214,10 +204,3 @@ def checked_mask(
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
-
-
-def large_scores(query: Any, key: Any, size: int = CHUNKED_FROM) -> bool:
-    """Whether the scores of query [*B, N, H, D] and key [*B, M, G, D] are better never held whole."""
-    *batch, num_queries, num_heads, _ = query.shape
-    score_bytes = 4 * math.prod(batch) * num_heads * num_queries * key.shape[-3]
-    return score_bytes >= size and key.shape[-3] >= chunked.KEY_CHUNK

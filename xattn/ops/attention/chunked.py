@@ -26,6 +26,16 @@ Prepare = Callable[..., tuple[jax.Array, jax.Array]]
 KEY_CHUNK = 256
 BLOCK_BYTES = 2**26
 
+CHUNKED_FROM = 2**25
+"""Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used."""
+
+
+def large_scores(query: Any, key: Any, size: int = CHUNKED_FROM) -> bool:
+    """Whether the scores of query [*B, N, H, D] and key [*B, M, G, D] are better never held whole."""
+    *batch, num_queries, num_heads, _ = query.shape
+    score_bytes = 4 * math.prod(batch) * num_heads * num_queries * key.shape[-3]
+    return score_bytes >= size and key.shape[-3] >= KEY_CHUNK
+
 
 class Settings(NamedTuple):
     """What a program is compiled for, besides shapes."""

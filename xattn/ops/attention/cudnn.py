@@ -1,13 +1,17 @@
 """Attention by cuDNN's fused kernel on NVIDIA GPUs, through `jax.nn.dot_product_attention`."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from xattn.ops.attention.chunked import large_scores
+from xattn.ops.attention.distributed import split_axes
 from xattn.ops.attention.masks import Mask
 
 
@@ -25,7 +29,7 @@ def unfit(
     """Why the kernel cannot compute `attend` of these arguments on the default device; None if it can."""
     widest = _widest_head()
     if widest is None:
-        return "it needs an NVIDIA GPU"
+        return "it needs an NVIDIA GPU of the generation Ampere or a later one"
     if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:
         dtypes = sorted({str(x.dtype) for x in (query, key, value)})
         return f"arrays must all be bfloat16, or all float16, not {' and '.join(dtypes)}"
@@ -37,6 +41,10 @@ def unfit(
         return "there is nothing to attend from or to"
     if num_queries % 2 or num_keys % 2:
         return f"{num_queries} queries and {num_keys} keys must both be even, or jax refuses their gradient"
+    if bias is not None and bias.dtype != query.dtype:
+        return f"a bias of {bias.dtype} would be rounded to {query.dtype}"
+    if large_scores(query, key) and not (bias is None and _is_own(mask, num_queries, num_keys)):
+        return f"a bias or a mask of {num_queries} x {num_keys} would take much memory"
     if not isinstance(scale, int | float):
         return "the scale must be a number"
     if logits_soft_cap is not None:
@@ -66,30 +74,45 @@ def attend(
     *batch, num_queries, num_heads, width = query.shape
     num_keys = key.shape[-3]
     rows = math.prod(batch)
-    scores = (*batch, num_heads, num_queries, num_keys)
     own = bias is None and _is_own(mask, num_queries, num_keys)
-    some = allowed = None
+    allowed = some = None
     if not own:
+        scores = (*batch, num_heads, num_queries, num_keys)
         allowed = mask.as_array(num_queries, num_keys)
         if bias is not None:
-            # The kernel has no infinities: what the contract says of them is said by the mask.
+            # The kernel has no infinities, and adds its own large number where it masks: the mask says all of it.
             allowed &= bias > -jnp.inf
-            bias = jnp.broadcast_to(jnp.where(bias > -jnp.inf, bias, 0), scores)
-            bias = bias.reshape(rows, *scores[-3:]).astype(query.dtype)
+            bias = jnp.where(allowed, bias, 0)
+            bias = jnp.broadcast_to(bias, scores).reshape(rows, *scores[-3:])
         heads = num_heads if allowed.ndim > 2 and allowed.shape[-3] > 1 else 1
         allowed = jnp.broadcast_to(allowed, (*batch, heads, num_queries, num_keys))
         some = jnp.moveaxis(allowed.any(-1), -2, -1)[..., None]
         allowed = allowed.reshape(rows, heads, num_queries, num_keys)
-    out = jax.nn.dot_product_attention(
-        *(x.reshape(rows, *x.shape[-3:]) for x in (query, key, value)),
-        bias=bias,
-        mask=allowed,
+    kernel = functools.partial(
+        jax.nn.dot_product_attention,
         scale=float(scale),
         is_causal=own and mask.upper is not None,
         implementation="cudnn",
-    ).reshape(*batch, num_queries, num_heads, width)
+    )
+    query, key, value = (x.reshape(rows, *x.shape[-3:]) for x in (query, key, value))
+    out = _over_mesh(kernel, query, key, value, bias, allowed).reshape(*batch, num_queries, num_heads, width)
     # Of a row without keys the kernel gives the mean of all values.
     return out if some is None else jnp.where(some, out, 0), None
+
+
+def _over_mesh(kernel: Any, query: Any, key: Any, value: Any, bias: Any, allowed: Any) -> jax.Array:
+    """The kernel on each device of the mesh, with its part of the batch and of the heads.
+
+    Left to jax's own partitioning, grouped heads would meet others' keys and masks would keep their whole batch.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(query, key, value, bias, allowed)
+    batch, heads = split_axes(query.shape[0], query.shape[2], key.shape[2])
+    split = PartitionSpec(batch, None, heads)
+    pairs = (None if x is None else PartitionSpec(batch, heads if x.shape[1] > 1 else None) for x in (bias, allowed))
+    return jax.shard_map(kernel, in_specs=(split, split, split, *pairs), out_specs=split, check_vma=False)(
+        query, key, value, bias, allowed
+    )
 
 
 def _is_own(mask: Mask, num_queries: int, num_keys: int) -> bool:
@@ -100,7 +123,8 @@ def _is_own(mask: Mask, num_queries: int, num_keys: int) -> bool:
 
 
 def _widest_head() -> int | None:
-    """The widest head that the kernel takes on the default device (256 from Hopper on, 128 before); None without it."""
+    """The widest head that the kernel takes on the default device (256 from Hopper on, 128 before), or None."""
     if jax.default_backend() != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version:
         return None
-    return 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+    generation = int(jax.devices()[0].compute_capability.split(".")[0])
+    return 256 if generation >= 9 else 128 if generation == 8 else None

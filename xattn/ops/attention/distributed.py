@@ -110,6 +110,18 @@ class _Plan(NamedTuple):
         return chunked.Settings(*sizes, self.logits_soft_cap, self.dropout_rate, _as_they_are, wide)
 
 
+def split_axes(batch: int | None, heads: int, kv_heads: int) -> tuple[_Axes, _Axes]:
+    """The axes of the current mesh, if there are any, over which it splits a batch and these heads evenly."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+
+    def over(axes: tuple[str, ...], *lengths: int) -> _Axes:
+        axes = tuple(axis for axis in axes if axis in mesh)
+        devices = math.prod(mesh[axis] for axis in axes)
+        return axes if all(length % devices == 0 for length in lengths) else None
+
+    return None if batch is None else over(BATCH, batch), over(HEADS, heads, kv_heads)
+
+
 def _as_they_are(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return key, value
 
@@ -175,25 +187,18 @@ class _Pairs(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _over_mesh(plan: _Plan, query: Any, key: Any, value: Any, pairs: _Pairs) -> tuple[jax.Array, jax.Array]:
-    mesh = jax.sharding.get_abstract_mesh().shape
-
-    def over(axes: tuple[str, ...], *lengths: int) -> _Axes:
-        """Those of the mesh, if they divide the lengths."""
-        axes = tuple(axis for axis in axes if axis in mesh)
-        devices = math.prod(mesh[axis] for axis in axes)
-        return axes if all(length % devices == 0 for length in lengths) else None
-
     # All axes of the mesh are manual: with others left to it, the compiler would gather batch and heads before each
     # all-gather and reduce-scatter.
-    batch, heads = query.shape[:-3], over(HEADS, query.shape[-2], key.shape[-2])
-    leading = (over(BATCH, batch[0]), *(None,) * (len(batch) - 1)) if batch else ()
+    batch = query.shape[:-3]
+    rows, heads = split_axes(batch[0] if batch else None, query.shape[-2], key.shape[-2])
+    leading = (rows, *(None,) * (len(batch) - 1)) if batch else ()
     # The side that stays on its device has its part of what belongs to pairs; of the other side, all.
     queries, keys = (AXIS, None) if plan.way == "kv_ring" else (None, AXIS)
-    rows = PartitionSpec(*leading, AXIS, heads, None)
+    whole = PartitionSpec(*leading, AXIS, heads, None)
     return jax.shard_map(
         functools.partial(_on_device, plan),
-        in_specs=(rows, rows, rows, pairs.specs(leading, heads, queries, keys)),
-        out_specs=(rows, PartitionSpec(*leading, heads, AXIS)),
+        in_specs=(whole, whole, whole, pairs.specs(leading, heads, queries, keys)),
+        out_specs=(whole, PartitionSpec(*leading, heads, AXIS)),
         check_vma=False,
     )(query, key, value, pairs)
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from xattn.ops.attention.distributed import BATCH, HEADS
+from xattn.ops.attention.distributed import split_axes
 from xattn.ops.attention.masks import Mask
 
 LANES = 128
@@ -51,6 +51,10 @@ def unfit(
     bounds = (bound for bound in (mask.lower, mask.upper) if bound is not None)
     if mask.dense is not None or len(mask.segments) > 1 or not all(isinstance(bound, int) for bound in bounds):
         return "it takes windows of constants, padding and one pair of segments, and no other mask"
+    lowest = -sizes[0] if mask.lower is None else mask.lower
+    highest = sizes[1] if mask.upper is None else mask.upper
+    if max(lowest, 1 - sizes[0]) > min(highest, sizes[1] - 1):
+        return "the window allows nothing"
     return None
 
 
@@ -103,16 +107,9 @@ def _over_mesh(
 ) -> jax.Array:
     """The kernel on arrays [B, H, length, D], on each device of the mesh with its part of them."""
     on_device = functools.partial(_on_device, bounds, logits_soft_cap)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if jax.sharding.get_abstract_mesh().empty:
         return on_device(query, key, value, ids)
-
-    def over(axes: tuple[str, ...], *lengths: int) -> tuple[str, ...] | None:
-        axes = tuple(axis for axis in axes if axis in mesh.shape)
-        devices = math.prod(mesh.shape[axis] for axis in axes)
-        return axes if all(length % devices == 0 for length in lengths) else None
-
-    batch, heads = over(BATCH, query.shape[0]), over(HEADS, query.shape[1], key.shape[1])
+    batch, heads = split_axes(query.shape[0], query.shape[1], key.shape[1])
     split = PartitionSpec(batch, heads)
     return jax.shard_map(
         on_device, in_specs=(split, split, split, PartitionSpec(batch)), out_specs=split, check_vma=False
