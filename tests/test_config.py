@@ -280,7 +280,7 @@ def test_other_options_are_one_sentence(options, sentence):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(num_steps=-1), "config.num_steps is -1: give a number at least 0"),
+        (dict(num_steps=-1), "config.num_steps is -1: give a number at least 1"),
         (dict(log_every=0), "config.log_every is 0: give a number at least 1"),
         (dict(ema_decay=1.5), "config.ema_decay is 1.5: give a number from 0 to 1"),
         (dict(checkpoint=dict(every=1)), "config.checkpoint has no 'keep'"),

@@ -392,7 +392,7 @@ def zeros(*shape):
         ((zeros(5, 4, 8), zeros(7, 4, 8), zeros(6, 4, 8)), {}, r"key \(7, 4, 8\) and value \(6, 4, 8\)"),
         ((zeros(2, 5, 4, 8), zeros(3, 7, 4, 8), zeros(3, 7, 4, 8)), {}, "same leading axes"),
         ((zeros(5, 4, 8), zeros(1, 7, 4, 8), zeros(1, 7, 4, 8)), {}, "must all be"),
-        (None, {"implementation": "fused"}, "'fused': use reference, xla, chunked"),
+        (None, {"implementation": "flash"}, "'flash': use reference, xla, chunked"),
         (None, {"implementation": "xla", "key_chunk_size": 4}, "'xla' takes no key_chunk_size"),
         (None, {"key_chunk_size": 0}, "key_chunk_size is 0"),
         (None, {"dropout_rate": 1.0}, "dropout_rate is 1.0"),
