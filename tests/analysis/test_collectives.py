@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xattn.analysis.collectives import Traffic, count_collectives, gathered_at_once
-from xattn.analysis.step_cost import COMPILER_OPTIONS
+from xattn.analysis.step_cost import GATHERING_OPTIONS
 from xattn.parallel.mesh import make_mesh
 
 MESH = make_mesh(2, 4)  # the groups of `fsdp` have four devices, those of `data` two
@@ -152,7 +152,7 @@ def test_asynchronous_collectives_count_their_result_once():
 def gathered(function):
     """Bytes held at once, of a function of the shards [4, 6] of eight arrays."""
     mapped = jax.shard_map(function, mesh=MESH, in_specs=SPLIT, out_specs=SPLIT, check_vma=False)
-    return gathered_at_once(jax.jit(mapped).lower([X] * 4).compile(COMPILER_OPTIONS).as_text())
+    return gathered_at_once(jax.jit(mapped).lower([X] * 4).compile(GATHERING_OPTIONS).as_text())
 
 
 def whole(x):

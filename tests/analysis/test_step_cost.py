@@ -18,7 +18,7 @@ from xattn.parallel.mesh import make_mesh
 from xattn.train import step
 from xattn.train.plan import make_plan
 
-FSDP, REPLICAS = dict(data=1, fsdp=8), dict(data=8)
+FSDP = dict(data=1, fsdp=8)
 SMOKE = ("qsformer/glyphs:smoke", "perceiver_io/imagenet_fourier:smoke", "crossvit/imagenet:smoke")
 
 
@@ -64,15 +64,6 @@ def test_a_device_takes_and_returns_shards_and_updates_them_in_place(fully_shard
     # The whole state is updated in place, so it comes back as it was split; what else comes back are scalars.
     assert memory["outputs_in_place"] == held
     assert memory["outputs"] - held < 4096
-
-
-@pytest.mark.slow
-def test_gathering_layers_holds_no_more_at_once_than_replicas_and_a_layer(fully_sharded):
-    name, report, planned = fully_sharded
-    # Replicas hold whole gradients. The CPU's compiler holds whole sums of gradients too, since it has no
-    # reduce-scatter; the whole set of parameters beside them would be more than replicas need.
-    replicas = step_cost(smoke(name), REPLICAS)["memory"]["temporaries"]
-    assert report["memory"]["temporaries"] < replicas + largest_two(planned)
 
 
 @pytest.mark.slow

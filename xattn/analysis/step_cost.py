@@ -20,13 +20,11 @@ from xattn.config import Config, UsageError, check_keys
 from xattn.parallel.mesh import make_mesh
 from xattn.train.plan import check_layout, make_plan
 
-# The program is not run: machine code need not be good, which takes LLVM most of the time. Operations are ordered so
-# that little is held at once, as on accelerators: a CPU would rather start all that it can.
-COMPILER_OPTIONS = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-}
+# The program is not run: machine code need not be good, which takes LLVM most of the time.
+_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Where parameters are gathered, a CPU would begin with all gathers, to have more to do at one time. Ordered so that
+# little is held, as on accelerators, each comes before its use.
+GATHERING_OPTIONS = _COMPILER_OPTIONS | {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -84,7 +82,8 @@ def step_cost(config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
     mesh = make_mesh(**mesh_sizes)
     check_layout(config, mesh)
     plan = make_plan(config, mesh)
-    state, compiled = plan.state, plan.lowered.compile(COMPILER_OPTIONS)
+    state = plan.state
+    compiled = plan.lowered.compile(GATHERING_OPTIONS if mesh.shape["fsdp"] > 1 else _COMPILER_OPTIONS)
     program, memory = compiled.as_text(), compiled.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     return {
