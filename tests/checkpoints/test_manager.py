@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -308,6 +309,15 @@ def test_a_file_system_that_fails_is_no_damage(two_steps, tmp_path, opened, monk
         checkpoints.restore_latest(*map(abstract, items()))
     assert checkpoints.steps() == [1, 2]
     assert not (tmp_path / "run" / "damaged").exists()
+
+
+def test_tasks_that_orbax_leaves_are_not_reported_after_all(caplog):
+    def failed(path):
+        return f"Task exception was never retrieved\nfuture: <Task finished coro=<write() done, defined at {path}:1>>"
+
+    for path in (ocp.__file__, "/elsewhere/write.py"):
+        logging.getLogger("asyncio").error(failed(path))
+    assert [record.getMessage() for record in caplog.records] == [failed("/elsewhere/write.py")]
 
 
 @leftovers

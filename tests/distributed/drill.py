@@ -22,7 +22,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,6 @@ def damage(folder: Path, count: int) -> str:
     logging.set_verbosity(logging.FATAL)  # what is damaged is asserted below
     # Orbax leaves behind reads that failed.
     sys.unraisablehook = lambda _: None
-    getLogger("asyncio").disabled = True
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
 
     good = folder / "good"

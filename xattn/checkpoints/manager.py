@@ -18,6 +18,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from xattn.parallel.distributed import exchange, first
 FORMAT_VERSION = 1
 
 # Orbax logs the errors of its threads with their tracebacks, then raises them in `save`, `wait` and `close` as well.
+# asyncio logs those of tasks that nobody waits for any more, perhaps after our sentence.
 logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 class DamagedCheckpoint(Exception):
