@@ -1,5 +1,6 @@
 """What a block of the report holds, with programs that take no time."""
 
+import functools
 import importlib
 import json
 
@@ -94,9 +95,11 @@ def test_rounds_call_everything_once_in_an_order_drawn_anew():
 
 def test_floor_is_the_slower_of_computing_and_moving():
     rates = {"f32_flops": 1e9, "bf16_flops": 2e9, "exps": 1e8, "bandwidth": 1e10}
-    assert floor(Work(1e9, 1e8, 1e9), "f32", rates) == 2000 and floor(Work(1e9, 1e8, 1e9), "bf16", rates) == 1500
-    assert floor(Work(1e9, 0, 1e11), "f32", rates) == 10_000
-    assert floor(Work(), "f32", rates) is None and floor(Work(1e9), "f32", {}) is None
+    on_cpu, on_device = (functools.partial(floor, roofline=rates, mode=mode) for mode in ("one-core", "device"))
+    assert on_cpu(Work(1e9, 1e8, 1e9), "f32") == 2000 and on_cpu(Work(1e9, 1e8, 1e9), "bf16") == 1500
+    assert on_device(Work(1e9, 1e8, 1e9), "f32") == 1000 and on_device(Work(1e9, 2e8, 1e9), "f32") == 2000
+    assert on_cpu(Work(1e9, 0, 1e11), "f32") == on_device(Work(1e9, 0, 1e11), "f32") == 10_000
+    assert on_cpu(Work(), "f32") is None and floor(Work(1e9), "f32", {}, "device") is None
 
 
 def test_compiled_programs_tell_their_memory_and_their_time():

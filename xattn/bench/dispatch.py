@@ -1,8 +1,9 @@
 """Whether what is chosen by sizes is the fastest: each choice beside its neighbours, on both sides of each boundary.
 
 Attention blocks time the whole score matrix ("xla") beside chunks of keys of several sizes, layer blocks the absorbed
-projections beside projected keys and values, forward and with gradients. The goal of each block is that what
-`dot_product_attention` and `CrossAttention` choose takes at most `LOSS` times as long as the fastest.
+projections beside projected keys and values, forward and with gradients. On an accelerator there are attention blocks
+alone, of the fused kernel beside the whole score matrix. The goal of each block is that what `dot_product_attention`
+and `CrossAttention` choose takes at most `LOSS` times as long as the fastest.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from xattn.bench.goals import Goal
 from xattn.bench.measure import Case, Program, Row, jitted
 from xattn.ops.attention import dot_product_attention
 from xattn.ops.attention.absorbed import Affine, absorbed_attention, absorbing_pays
-from xattn.ops.attention.chunked import KEY_CHUNK, large_scores
+from xattn.ops.attention.api import pick
+from xattn.ops.attention.chunked import KEY_CHUNK
 from xattn.ops.products import einsum
 
 LOSS = 1.05
@@ -52,6 +54,18 @@ ATTENTION = (
     Attention(1, 512, 50176, 1, 64),
     Attention(4, 32, 16384, 8, 64),
 )
+ON_DEVICE = (
+    Attention(64, 4096, 77, 8, 40),
+    Attention(256, 197, 197, 6, 64),
+    Attention(64, 1, 401, 4, 64),
+    Attention(32, 128, 128, 8, 64),
+    Attention(2, 64, 64, 8, 64),
+    Attention(1, 16, 16, 1, 16),
+    Attention(8, 75, 5, 1, 64),
+    Attention(1, 512, 512, 8, 128),
+    Attention(4, 32, 16384, 8, 64),
+    Attention(1, 2048, 2048, 8, 64),
+)
 LAYERS = (
     Layer(1, 512, 50176, 261, 1, 261),
     Layer(1, 256, 4096, 256, 1, 256),
@@ -63,11 +77,27 @@ LAYERS = (
 
 
 def cases(
-    request: Request, attention: tuple[Attention, ...] = ATTENTION, layers: tuple[Layer, ...] = LAYERS
+    request: Request, attention: tuple[Attention, ...] | None = None, layers: tuple[Layer, ...] | None = None
 ) -> list[Case]:
     """Two blocks, forward and gradients, for each of the sizes."""
-    ways = [_attention(sizes) for sizes in attention] + [_layer(sizes) for sizes in layers]
+    if request.mode == "device":
+        ways = [_on_device(request, sizes) for sizes in attention or ON_DEVICE]
+    else:
+        ways = [_attention(sizes) for sizes in (ATTENTION if attention is None else attention)]
+        ways += [_layer(sizes) for sizes in (LAYERS if layers is None else layers)]
     return [block for way in ways for block in _blocks(request, *way)]
+
+
+def _on_device(request: Request, sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]], list[Any]]:
+    b, n, m, h, d = sizes
+    qkv = [peers.normal(b, length, h, d, seed=seed) for seed, length in enumerate((n, m, m))]
+    chosen = pick(*map(peers.array_of(request.dtype), qkv))
+
+    def named(name: str) -> Callable[..., Any]:
+        return lambda *qkv: dot_product_attention(*qkv, implementation=name)
+
+    ways = {name: named(name) for name in dict.fromkeys((chosen, "cudnn", "xla"))}
+    return f"attention {n} <- {m}, B{b} H{h} D{d}", chosen, ways, qkv
 
 
 def _attention(sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]], list[Any]]:
@@ -80,7 +110,7 @@ def _attention(sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]
     ways = {"xla": lambda *qkv: dot_product_attention(*qkv, implementation="xla")}
     chunks = sorted({min(m, KEY_CHUNK * factor // 2) for factor in (1, 2, 4)})
     ways |= {f"chunked {size}": chunked(size) for size in chunks}
-    chosen = f"chunked {KEY_CHUNK}" if large_scores(qkv[0], qkv[1]) else "xla"
+    chosen = f"chunked {KEY_CHUNK}" if pick(*qkv) == "chunked" else "xla"
     return f"attention {n} <- {m}, B{b} H{h} D{d}", chosen, ways, qkv
 
 

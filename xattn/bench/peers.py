@@ -141,9 +141,9 @@ def torch_program(function: Callable[..., Any], *arguments: Any) -> Program:
 
     def run() -> Any:
         with torch.inference_mode():
-            return finished(function(*arguments))
+            return function(*arguments)
 
-    return Program(run, from_torch)
+    return Program(run, from_torch, wait=finished)
 
 
 def torch_gradients(function: Callable[..., Any], towards: Any, *arguments: Any) -> Program:
@@ -154,13 +154,13 @@ def torch_gradients(function: Callable[..., Any], towards: Any, *arguments: Any)
         leaf.requires_grad_()
 
     def run() -> Any:
-        return finished(torch.autograd.grad(function(*arguments), leaves, towards))
+        return torch.autograd.grad(function(*arguments), leaves, towards)
 
     def view(outputs: Any) -> Any:
         trees = [jax.tree.unflatten(treedef, from_torch(grads)) for grads in outputs]
         return [(flatten(p, lambda x: x, transpose=True), *others) for p, *others in trees]
 
-    return Program(run, view)
+    return Program(run, view, wait=finished)
 
 
 def torch_training(module: Any, optimizer: Any, loss_of: Any) -> Program:
@@ -171,9 +171,9 @@ def torch_training(module: Any, optimizer: Any, loss_of: Any) -> Program:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return finished(loss)
+        return loss.detach()
 
-    return Program(run, from_torch)
+    return Program(run, from_torch, wait=finished)
 
 
 def finished(outputs: Any) -> Any:

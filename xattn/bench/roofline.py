@@ -15,12 +15,16 @@ import jax.numpy as jnp
 _PACKAGES = ("xattn", "jax", "jaxlib", "flax", "optax", "numpy", "grain", "torch", "timm", "transformers")
 
 
-def measure(side: int = 2048, megabytes: int = 256, clock: str = "perf_counter") -> dict[str, float]:
-    """Rates of matrix products (FLOP/s, bf16 operands with a float32 result), of reading (bytes/s) and of exp (1/s).
+def measure(
+    side: int = 2048, megabytes: int = 256, chain: int = 1, copies: bool = False, clock: str = "perf_counter"
+) -> dict[str, float]:
+    """Rates of matrix products (FLOP/s, bf16 operands with a float32 result), of memory (bytes/s) and of exp (1/s).
 
     Args:
       side: of the square matrices.
       megabytes: of the float32 array that is read; exp takes an eighth of it.
+      chain: how often exp is taken of a number that was read.
+      copies: whether the array is written too, and its bytes count twice.
       clock: function of `time`: for one core, "process_time" leaves out what other processes take.
     """
 
@@ -31,11 +35,17 @@ def measure(side: int = 2048, megabytes: int = 256, clock: str = "perf_counter")
     part = x[: x.size // 8]
     a = x[: side * side].reshape(side, side)
     matmul = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+
+    def exps(x: jax.Array) -> jax.Array:
+        for _ in range(chain):
+            x = jnp.exp(-x)
+        return x
+
     return {
         "f32_flops": 2 * side**3 / seconds(matmul, a),
         "bf16_flops": 2 * side**3 / seconds(matmul, a.astype(jnp.bfloat16)),
-        "bandwidth": x.nbytes / seconds(jax.jit(jnp.sum), x),
-        "exps": part.size / seconds(jax.jit(jnp.exp), part),
+        "bandwidth": (1 + copies) * x.nbytes / seconds(jax.jit(lambda x: x + 1) if copies else jax.jit(jnp.sum), x),
+        "exps": chain * part.size / seconds(jax.jit(exps), part),
     }
 
 

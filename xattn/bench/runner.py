@@ -23,6 +23,10 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MAL
 """glibc maps every array above 32 MB anew and faults it in page by page; with these it keeps what was freed."""
 
 
+DEVICE_CEILINGS = {"side": 8192, "megabytes": 4096, "chain": 64, "copies": True}
+"""Keywords of `xattn.bench.roofline.measure` on an accelerator, where a call takes as long as much arithmetic."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmarks that are asked for; returns 0, or with --check 1 for a missed goal and 2 for noise alone."""
     arguments = _parse(argv)
@@ -104,7 +108,8 @@ def environment(mode: str, threads: int, workload: str = "") -> dict[str, str]:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={SIMULATED[workload]}"
         return environment("one-core", threads) | {"XLA_FLAGS": flags.strip()}
     if mode == "device":
-        return dict(os.environ)
+        # JAX would take three quarters of the memory, and leave torch in the same process the rest.
+        return os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     # Waiting OpenMP threads spin by default, and would slow down what is timed next.
     settings = MALLOC | {"OMP_WAIT_POLICY": "passive", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     settings |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
@@ -138,7 +143,8 @@ def run(
     sizes = sizes or {}
     with _pinned(request.mode, request.threads):
         clock = {"clock": "process_time" if request.mode == "one-core" else "perf_counter"}
-        first = _child("roofline", json.dumps(clock | sizes.get("roofline", {})), request)
+        large = DEVICE_CEILINGS if request.mode == "device" else {}
+        first = _child("roofline", json.dumps(clock | large | sizes.get("roofline", {})), request)
         common = {"mode": request.mode, "threads": request.threads}
         report: dict[str, Any] = {"schema": SCHEMA, "env": first["env"] | common, "roofline": first["roofline"]}
         report["workloads"] = []
@@ -180,7 +186,7 @@ def exit_code(report: Mapping[str, Any]) -> int:
 def _rates(roofline: Mapping[str, float]) -> str:
     f32, bf16 = (roofline[f"{dtype}_flops"] / 1e9 for dtype in DTYPES)
     return (
-        f"this machine: {f32:.0f} GFLOP/s f32, {bf16:.0f} bf16; reads {roofline['bandwidth'] / 1e9:.1f} GB/s; "
+        f"this machine: {f32:.0f} GFLOP/s f32, {bf16:.0f} bf16; memory {roofline['bandwidth'] / 1e9:.1f} GB/s; "
         f"{roofline['exps'] / 1e9:.2f} Gexp/s"
     )
 

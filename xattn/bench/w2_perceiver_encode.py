@@ -82,12 +82,13 @@ def _image(request: Request, sizes: dict[str, Any]) -> Case:
     config |= {"num_self_attends_per_block": 6, "num_self_attention_heads": 8, "num_cross_attention_heads": 1}
     config |= {"architectures": [_CLASS], "id2label": {str(i): str(i) for i in range(1000)}} | sizes
     side, dtype = config["image_size"], request.dtype
+    array = peers.array_of(dtype)
     pixels = peers.normal(1, side, side, 3)
     model = build(hf_perceiver.model_config(config) | ({"dtype": "bfloat16"} if dtype == "bf16" else {}))
     variables = peers.variables(model, pixels)
 
     def ours() -> Program:
-        return jitted(model.apply, variables, jax.numpy.asarray(pixels))
+        return jitted(model.apply, jax.tree.map(array, variables), jax.numpy.asarray(pixels))
 
     def transformers() -> Program:
         tensor = peers.tensor_of(dtype)

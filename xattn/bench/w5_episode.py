@@ -26,10 +26,11 @@ def cases(
     queries: int = 15,
     side: int = 84,
     widths: tuple[int, ...] = (64, 160, 320, 640),
-    qsformer: bool = True,
+    qsformer: bool | None = None,
 ) -> list[Case]:
-    """The blocks; `queries` are those of a class."""
+    """The blocks; `queries` are those of a class, and QSFormer has a row unless there is an accelerator."""
     dtype, count = request.dtype, ways * queries
+    whole_model = request.mode != "device" if qsformer is None else qsformer
     images = peers.normal(ways + count, side, side, 3)
     episode = {"support": images[None, :ways, None], "query": images[None, ways:]}
     labels = np.repeat(np.arange(ways), queries)
@@ -40,7 +41,8 @@ def cases(
     variables = peers.variables(model, *inputs)
 
     def forward(model: Any, variables: Any) -> Program:
-        return jitted(lambda v, s, q: model.apply(v, s, q)["logits"], variables, *map(jnp.asarray, inputs))
+        held = jax.tree.map(peers.array_of(dtype), variables)
+        return jitted(lambda v, s, q: model.apply(v, s, q)["logits"], held, *map(jnp.asarray, inputs))
 
     def whole() -> Program:
         published: dict[str, Any] = VARIANTS["miniimagenet"]
@@ -87,7 +89,7 @@ def cases(
     shape = f"{ways}-way 1-shot, {queries} queries a class, {ways + count} images {side}x{side}"
     peer: dict[str, Any] = dict(kind="peer", package="torch")
     rows = [Row("xattn ResNet-12", "ours", lambda: forward(model, variables), tolerance=1e-4)]
-    rows += [Row("xattn QSFormer", "ours", whole, group=None, work=Work())] if qsformer else []
+    rows += [Row("xattn QSFormer", "ours", whole, group=None, work=Work())] if whole_model else []
     rows += [
         Row("torch channels_last", make=torch_forward(True), tolerance=1e-4, **peer),
         Row("torch NCHW", make=torch_forward(False), tolerance=1e-4, **peer),

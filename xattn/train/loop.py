@@ -130,6 +130,8 @@ def train(config: Config, workdir: Path, debug_nans: bool = False) -> dict[str, 
                     if stopping:
                         raise Preempted(f"stopped at step {step}; the same command continues from there.")
                 report.plot_curves()
+                if stats := jax.local_devices()[0].memory_stats():  # a CPU has none
+                    report.say(f"peak memory of a device: {stats['peak_bytes_in_use'] / 2**20:,.0f} MiB")
         if stop_after(config.num_steps + 1):
             raise Preempted(f"stopped at step {config.num_steps}; the same command continues from there.")
 

@@ -1,6 +1,11 @@
 """What is handed to cuDNN and what is made of its results; that its numbers are right, only a GPU can show.
 
-jax's own CPU implementation of the same function stands in for the kernel, and programs are lowered for CUDA.
+On a CPU jax's own implementation of the same function stands in for the kernel, and programs are lowered for CUDA. On a
+GPU of the generation Ampere or later,
+
+    JAX_PLATFORMS=cuda pytest tests/ops/attention/test_cudnn.py -k definition
+
+holds the kernel itself to the definition.
 """
 
 import functools
@@ -18,10 +23,14 @@ from tests.ops.attention.test_attention import SEGMENTS, Case, by_definition, ch
 from xattn.ops.attention import Mask, api, cudnn, dot_product_attention
 from xattn.parallel.mesh import make_mesh
 
+REAL = jax.default_backend() == "gpu"
+
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     """The device that the choice sees."""
+    if REAL:
+        return
     monkeypatch.setattr(cudnn, "_widest_head", lambda: 128)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     api._log_once.cache_clear()
@@ -29,6 +38,8 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch):
+    if REAL:
+        return
     attend = jax.nn.dot_product_attention
 
     def on_cpu(*arrays, implementation, **options):
@@ -56,6 +67,12 @@ CASES = {
         & Mask(q_mask=jnp.arange(6) != 3, kv_mask=jnp.arange(8) < jnp.array([[6], [5]])),
     ),
     "padded keys": HALF(mask=Mask(kv_mask=jnp.arange(8) < jnp.array([[6], [0]]))),
+    "odd lengths": HALF(queries=5, keys=7),
+    "odd queries": HALF(queries=1),
+    "odd keys, two leading axes": HALF(batch=(2, 3), keys=7),
+    "odd, causal": HALF(queries=7, keys=7, mask=Mask.causal()),
+    "odd, causal between other lengths": HALF(queries=5, keys=7, mask=Mask.causal(2)),
+    "odd, with a bias and a mask": HALF(queries=5, keys=7, bias=(2, 4, 5, 7), mask=(1, 1, 7)),
 }
 
 
@@ -100,7 +117,25 @@ def test_fused_is_this_kernel_wherever_it_can_serve(monkeypatch, stand_in):
     assert fused(*arrays()) == ["cudnn"]
     assert fused(*arrays(queries=4096, keys=4096), mask=Mask.causal()) == ["cudnn"]
     assert fused(*arrays(), key_chunk_size=32) == ["chunked"]
-    assert chosen(monkeypatch, *arrays()) == ["xla"]
+
+
+def test_without_a_name_it_is_this_kernel_where_vmap_works(monkeypatch, stand_in):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    default = functools.partial(chosen, monkeypatch)
+    assert default(*arrays()) == ["cudnn"]
+    assert default(*arrays(queries=64, keys=64), mask=Mask.causal()) == ["cudnn"]
+    assert default(*arrays(dtype=jnp.float32)) == ["xla"]
+    unknown = [
+        {"mask": Mask.causal()},
+        {"mask": Mask(kv_mask=jnp.ones(96, bool))},
+        {"bias": jnp.zeros((), jnp.bfloat16)},
+    ]
+    for options in unknown:
+        assert default(*arrays(), **options) == ["xla"]
+    assert default(*arrays(queries=4096, keys=4096), mask=Mask.window(3, 3)) == ["chunked"]
+    assert default(*arrays(), key_chunk_size=32) == ["chunked"]
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert default(*arrays()) == ["xla"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -128,8 +163,6 @@ MISFITS = {
     "heads of 32 and 16 must be of one width": (dict(v_width=16), {}),
     "heads of 12 and 12 must be of one width, a multiple of 8": (dict(width=12, v_width=12), {}),
     "heads of 136 and 136 must be of one width, a multiple of 8 up to 128": (dict(width=136, v_width=136), {}),
-    "63 queries and 96 keys must both be even": (dict(queries=63), {}),
-    "64 queries and 95 keys must both be even": (dict(keys=95), {"mask": Mask.causal()}),
     "a bias of float32 would be rounded to bfloat16": ({}, {"bias": jnp.zeros(())}),
     "a bias or a mask of 2048 x 4096 would take much memory": (dict(queries=2048, keys=4096), {"mask": Mask.causal()}),
     "the scale must be a number": ({}, {"scale": jnp.ones(4)}),
@@ -150,6 +183,7 @@ def test_what_it_cannot_serve_is_computed_otherwise_and_the_reason_logged_once(r
     for _ in range(2):
         other = "chunked" if "memory" in reason else "xla"
         assert chosen(monkeypatch, *arrays(**shapes), implementation="fused", **options) == [other]
+        assert chosen(monkeypatch, *arrays(**shapes), **options) == [other]
     assert len(said) == 1 and said[0].startswith("attention without cudnn: ") and reason in said[0]
 
 
@@ -178,7 +212,7 @@ def test_the_widest_head_of_a_generation(monkeypatch, capability, widest):
 GRID = [
     dict(queries=queries, keys=keys, width=width, v_width=width, kv_heads=kv_heads, dtype=dtype)
     for queries, keys, width, kv_heads, dtype in itertools.product(
-        (2, 64), (78, 64, 512), (8, 96, 128), (1, 4), (jnp.bfloat16, jnp.float16)
+        (1, 64), (77, 64, 512), (8, 96, 128), (1, 4), (jnp.bfloat16, jnp.float16)
     )
 ]
 

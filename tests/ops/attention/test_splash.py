@@ -83,7 +83,7 @@ def test_fused_is_this_kernel_wherever_it_can_serve(monkeypatch):
     assert fused(*arrays(dtype=jnp.float32), mask=Mask.causal(5), logits_soft_cap=2.0) == ["splash"]
     assert fused(*arrays(), key_chunk_size=64) == ["chunked"]
     assert chosen(monkeypatch, *arrays(keys=256)) == ["xla"]
-    assert not said
+    assert said == ["attention without splash: it needs implementation='fused'."]
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,14 @@ def dot_product_attention(
       dropout_rng: key for dropout. What drops depends on this key and on the (batch, head, query, key)
         index alone, so it is the same in every implementation.
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
-      implementation: a name in `IMPLEMENTATIONS`, or "fused". None takes "chunked" if a chunk size is given, or if
-        the float32 scores take `chunked.CHUNKED_FROM` (32 MiB) or more and M is at least a chunk of keys (256);
-        otherwise "xla", which is faster there. "fused" takes the kernel of the device, "cudnn" on NVIDIA GPUs and
-        "splash" on TPUs, where that can serve; elsewhere the same as None, and the reason is logged, once.
+      implementation: a name in `IMPLEMENTATIONS`, or "fused". None takes "cudnn" on an NVIDIA GPU for half-precision
+        arrays without bias, with no mask or a causal one; "chunked" if a chunk size is given, or if the float32 scores
+        take `chunked.CHUNKED_FROM` (32 MiB) or more and M is at least a chunk of keys (256); otherwise "xla", which
+        is faster there. "fused" takes the kernel of the device, "cudnn" on NVIDIA GPUs and "splash" on TPUs, wherever
+        that can serve. Why a kernel is not taken on its device, or for "fused", is logged once.
         "gather", "ring" and "kv_ring" compute where queries and keys are split over the mesh axis `sequence`
         (`xattn.ops.attention.distributed`). "reference" and "xla" are differentiable in every mode, the others once in
-        reverse; the fused kernels are not for `jax.vmap`.
+        reverse; a bias or a mask of "cudnn" is not for `jax.vmap`.
       query_chunk_size: queries in a block of "chunked", or of one device.
       key_chunk_size: keys in a block of "chunked", or of one device.
 
@@ -87,21 +88,12 @@ def dot_product_attention(
         "dropout_rate": dropout_rate,
     }
 
-    def misfit(kernel: str) -> str | None:
-        if return_lse:
-            return "its log-sum-exp is not given out"
-        return KERNELS[kernel](query, key, value, **options)
-
-    if implementation == "fused" and not sizes:
-        kernel = "splash" if jax.default_backend() == "tpu" else "cudnn"
-        if reason := misfit(kernel):
-            _log_once(f"attention without {kernel}: {reason}.")
-        implementation = None if reason else kernel
     if implementation in (None, "fused"):
-        implementation = "chunked" if sizes or chunked.large_scores(query, key) else "xla"
+        fused = implementation == "fused"
+        implementation = "chunked" if sizes else pick(query, key, value, fused=fused, return_lse=return_lse, **options)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"No attention implementation '{implementation}': use {', '.join(IMPLEMENTATIONS)} or fused.")
-    if implementation in KERNELS and (reason := misfit(implementation)):
+    if implementation in KERNELS and (reason := _misfit(implementation, query, key, value, return_lse, options)):
         raise ValueError(f"Implementation '{implementation}' can't serve: {reason}; use 'fused' or leave it out.")
     if sizes and implementation in ("reference", "xla", "cudnn", "splash"):
         raise ValueError(
@@ -121,6 +113,41 @@ def dot_product_attention(
         **sizes,
     )
     return (out, lse) if return_lse else out
+
+
+def pick(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    fused: bool = False,
+    return_lse: bool = False,
+    **options: Any,
+) -> str:
+    """The name in `IMPLEMENTATIONS` that `dot_product_attention` takes for None or, if `fused`, for "fused".
+
+    Only shapes and dtypes matter of query [*B, N, H, D], key [*B, M, G, D] and value [*B, M, G, Dv]. The options are
+    those of the implementations, without `dropout_rng`; what is left out is as without it.
+    """
+    defaults = {"bias": None, "mask": Mask(), "scale": 1.0, "logits_soft_cap": None, "dropout_rate": 0.0}
+    options = defaults | options
+    kernel = "splash" if jax.default_backend() == "tpu" else "cudnn"
+    reason = _misfit(kernel, query, key, value, return_lse, options)
+    if not (reason or fused):
+        reason = "it needs implementation='fused'"
+        if kernel == "cudnn":
+            reason = cudnn.unasked(query, key, options["bias"], options["mask"])
+    if not reason:
+        return kernel
+    if fused or jax.default_backend() != "cpu":
+        _log_once(f"attention without {kernel}: {reason}.")
+    return "chunked" if chunked.large_scores(query, key) else "xla"
+
+
+def _misfit(kernel: str, query: Any, key: Any, value: Any, return_lse: bool, options: dict[str, Any]) -> str | None:
+    if return_lse:
+        return "its log-sum-exp is not given out"
+    return KERNELS[kernel](query, key, value, **options)
 
 
 @functools.cache

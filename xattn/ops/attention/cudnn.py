@@ -1,6 +1,5 @@
 """Attention by cuDNN's fused kernel on NVIDIA GPUs, through `jax.nn.dot_product_attention`."""
 
-import functools
 import math
 from typing import Any
 
@@ -39,8 +38,6 @@ def unfit(
     num_queries, num_keys = query.shape[-3], key.shape[-3]
     if 0 in (*query.shape, num_keys):
         return "there is nothing to attend from or to"
-    if num_queries % 2 or num_keys % 2:
-        return f"{num_queries} queries and {num_keys} keys must both be even, or jax refuses their gradient"
     if bias is not None and bias.dtype != query.dtype:
         return f"a bias of {bias.dtype} would be rounded to {query.dtype}"
     if large_scores(query, key) and not (bias is None and _is_own(mask, num_queries, num_keys)):
@@ -51,6 +48,15 @@ def unfit(
         return "it has no soft cap"
     if dropout_rate:
         return "it does not drop the weights that the contract names"
+    return None
+
+
+def unasked(query: Any, key: Any, bias: Any, mask: Mask) -> str | None:
+    """Why the kernel, which can serve, is not taken unless it is asked for; None if it is."""
+    if not (bias is None and _is_own(mask, query.shape[-3], key.shape[-3])):
+        return "a bias, and a mask that it does not know, need implementation='fused': jax.vmap fails with them"
+    if jax.__version_info__ < (0, 11, 1):
+        return "before jax 0.11.1 it needs implementation='fused': gradients under jax.vmap fail"
     return None
 
 
@@ -69,13 +75,15 @@ def attend(
     """`dot_product_attention` of what `unfit` has nothing against; its log-sum-exp is not given out.
 
     A causal mask of equal lengths costs nothing. Any other mask, and a bias, are handed over as one array
-    [B, H or 1, N, M]. Differentiable in reverse mode.
+    [B, H or 1, N, M]. jax refuses gradients of odd lengths: one more row is added to them, and hidden. Differentiable
+    in reverse mode.
     """
     *batch, num_queries, num_heads, width = query.shape
     num_keys = key.shape[-3]
     rows = math.prod(batch)
     own = bias is None and _is_own(mask, num_queries, num_keys)
-    allowed = some = None
+    causal = own and mask.upper is not None
+    allowed = some = lengths = None
     if not own:
         scores = (*batch, num_heads, num_queries, num_keys)
         allowed = mask.as_array(num_queries, num_keys)
@@ -88,30 +96,50 @@ def attend(
         allowed = jnp.broadcast_to(allowed, (*batch, heads, num_queries, num_keys))
         some = jnp.moveaxis(allowed.any(-1), -2, -1)[..., None]
         allowed = allowed.reshape(rows, heads, num_queries, num_keys)
-    kernel = functools.partial(
-        jax.nn.dot_product_attention,
-        scale=float(scale),
-        is_causal=own and mask.upper is not None,
-        implementation="cudnn",
-    )
-    query, key, value = (x.reshape(rows, *x.shape[-3:]) for x in (query, key, value))
-    out = _over_mesh(kernel, query, key, value, bias, allowed).reshape(*batch, num_queries, num_heads, width)
+    elif num_keys % 2 and not causal:
+        lengths = jnp.full(rows, num_keys, jnp.int32)
+
+    def kernel(query: Any, key: Any, value: Any, bias: Any, allowed: Any, lengths: Any) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            allowed,
+            scale=float(scale),
+            is_causal=causal,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+
+    query, key, value = (_evened(x.reshape(rows, *x.shape[-3:]), -3) for x in (query, key, value))
+    bias, allowed = (None if x is None else _evened(_evened(x, -1), -2) for x in (bias, allowed))
+    out = _over_mesh(kernel, query, key, value, bias, allowed, lengths)[:, :num_queries]
+    out = out.reshape(*batch, num_queries, num_heads, width)
     # Of a row without keys the kernel gives the mean of all values.
     return out if some is None else jnp.where(some, out, 0), None
 
 
-def _over_mesh(kernel: Any, query: Any, key: Any, value: Any, bias: Any, allowed: Any) -> jax.Array:
+def _evened(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with a last entry of zeros where the length of an axis is odd."""
+    odd = [(0, 0)] * x.ndim
+    odd[axis] = (0, x.shape[axis] % 2)
+    return jnp.pad(x, odd)
+
+
+def _over_mesh(kernel: Any, query: Any, key: Any, value: Any, bias: Any, allowed: Any, lengths: Any) -> jax.Array:
     """The kernel on each device of the mesh, with its part of the batch and of the heads.
 
     Left to jax's own partitioning, grouped heads would meet others' keys and masks would keep their whole batch.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(query, key, value, bias, allowed)
+        return kernel(query, key, value, bias, allowed, lengths)
     batch, heads = split_axes(query.shape[0], query.shape[2], key.shape[2])
     split = PartitionSpec(batch, None, heads)
     pairs = (None if x is None else PartitionSpec(batch, heads if x.shape[1] > 1 else None) for x in (bias, allowed))
-    return jax.shard_map(kernel, in_specs=(split, split, split, *pairs), out_specs=split, check_vma=False)(
-        query, key, value, bias, allowed
+    specs = (split, split, split, *pairs, None if lengths is None else PartitionSpec(batch))
+    return jax.shard_map(kernel, in_specs=specs, out_specs=split, check_vma=False)(
+        query, key, value, bias, allowed, lengths
     )
 
 
