@@ -18,7 +18,7 @@ from xattn.bench.measure import Case, Program, Row, jitted
 from xattn.ops.attention import dot_product_attention
 from xattn.ops.attention.absorbed import Affine, absorbed_attention, absorbing_pays
 from xattn.ops.attention.api import pick
-from xattn.ops.attention.chunked import KEY_CHUNK
+from xattn.ops.attention.chunked import block_size
 from xattn.ops.products import einsum
 
 LOSS = 1.05
@@ -46,7 +46,8 @@ class Layer(NamedTuple):
 
 
 ATTENTION = (
-    Attention(1, 512, 1024, 8, 64),  # half of `CHUNKED_FROM`
+    Attention(1, 512, 512, 8, 64),  # half of `CHUNKED_FROM`
+    Attention(1, 512, 1024, 8, 64),
     Attention(1, 512, 2048, 8, 64),
     Attention(1, 2048, 2048, 8, 64),
     Attention(2, 4096, 77, 8, 40),  # fewer keys than a chunk
@@ -107,10 +108,10 @@ def _attention(sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]
     def chunked(size: int) -> Callable[..., Any]:
         return lambda *qkv: dot_product_attention(*qkv, key_chunk_size=size)
 
-    ways = {"xla": lambda *qkv: dot_product_attention(*qkv, implementation="xla")}
-    chunks = sorted({min(m, KEY_CHUNK * factor // 2) for factor in (1, 2, 4)})
-    ways |= {f"chunked {size}": chunked(size) for size in chunks}
-    chosen = f"chunked {KEY_CHUNK}" if pick(*qkv) == "chunked" else "xla"
+    ways: dict[str, Callable[..., Any]] = {"xla": lambda *qkv: dot_product_attention(*qkv, implementation="xla")}
+    ways |= {f"chunked {size}": chunked(size) for size in sorted({min(m, size) for size in (128, 256, 512)})}
+    if (chosen := pick(*qkv)) == "chunked":
+        chosen = f"chunked {block_size(qkv[0].shape, m, None, None)[1]}"
     return f"attention {n} <- {m}, B{b} H{h} D{d}", chosen, ways, qkv
 
 

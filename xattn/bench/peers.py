@@ -163,11 +163,17 @@ def torch_gradients(function: Callable[..., Any], towards: Any, *arguments: Any)
     return Program(run, view, wait=finished)
 
 
-def torch_training(module: Any, optimizer: Any, loss_of: Any) -> Program:
-    """A program whose every call is one training step of a torch module; its output is the loss."""
+def torch_training(optimizer: Any, loss_of: Any, dtype: str) -> Program:
+    """A program whose every call is one training step; its output is the loss.
+
+    Parameters are float32; for "bf16" torch's autocast chooses what is computed in bfloat16.
+    """
+    torch = torch_package()
+    where = "cpu" if jax.default_backend() == "cpu" else "cuda"
 
     def run() -> Any:
-        loss = loss_of()
+        with torch.autocast(where, torch.bfloat16, enabled=dtype == "bf16"):
+            loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -61,13 +61,13 @@ def _cases(request: Request, name: str, batch: int, side: int, title: str) -> li
 
     def timm_step() -> Program:
         torch = peers.torch_package()
-        module, tensor = timm_model(dtype)
+        module, tensor = timm_model("f32")
         optimizer = torch.optim.AdamW(
             module.parameters(), lr=_OPTIMIZER["learning_rate"], weight_decay=_OPTIMIZER["weight_decay"]
         )
-        targets = torch.from_numpy(labels).to(tensor.device)
+        targets, module = torch.from_numpy(labels).to(tensor.device), module.train()
         return peers.torch_training(
-            module.train(), optimizer, lambda: torch.nn.functional.cross_entropy(module(tensor), targets)
+            optimizer, lambda: torch.nn.functional.cross_entropy(module(tensor), targets), dtype
         )
 
     flops = sum(count_flops(model.apply, variables, images).values())

@@ -119,7 +119,9 @@ def absorbed_attention(
     rows, _ = jax.eval_shape(prepare, inputs)
     if chunked.large_scores(query, rows, CHUNKED_FROM):
         checked = checked_mask(query, rows, rows, bias, mask, scale, dropout_rate, dropout_rng)
-        out, _ = chunked.attend_prepared(query, (inputs,), prepare, mask=checked, **options)
+        # Products with as many columns as the inputs have channels prefer blocks of one size on a CPU.
+        size = chunked.KEY_CHUNK if jax.default_backend() == "cpu" else None
+        out, _ = chunked.attend_prepared(query, (inputs,), prepare, mask=checked, key_chunk_size=size, **options)
     else:
         out = dot_product_attention(query, *prepare(inputs), mask=mask, **options)
     return jnp.einsum("...nhc,chd->...nhd", out, to_values, preferred_element_type=wide).astype(dtype)

@@ -61,10 +61,11 @@ def dot_product_attention(
         index alone, so it is the same in every implementation.
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
       implementation: a name in `IMPLEMENTATIONS`, or "fused". None takes "cudnn" on an NVIDIA GPU for half-precision
-        arrays without bias, with no mask or a causal one; "chunked" if a chunk size is given, or if the float32 scores
-        take `chunked.CHUNKED_FROM` (32 MiB) or more and M is at least a chunk of keys (256); otherwise "xla", which
-        is faster there. "fused" takes the kernel of the device, "cudnn" on NVIDIA GPUs and "splash" on TPUs, wherever
-        that can serve. Why a kernel is not taken on its device, or for "fused", is logged once.
+        arrays without bias, with no mask or a causal one, whose float32 scores take 1 MiB or more; "chunked" if a
+        chunk size is given, or if the scores take 16 MiB or more (256 MiB on an accelerator) and M is at least 256;
+        otherwise "xla", which is faster there. "fused" takes the kernel of the device, "cudnn" on NVIDIA GPUs and
+        "splash" on TPUs, wherever that can serve. Why a kernel is not taken on its device, or for "fused", is logged
+        once.
         "gather", "ring" and "kv_ring" compute where queries and keys are split over the mesh axis `sequence`
         (`xattn.ops.attention.distributed`). "reference" and "xla" are differentiable in every mode, the others once in
         reverse; a bias or a mask of "cudnn" is not for `jax.vmap`.

@@ -24,17 +24,31 @@ Prepare = Callable[..., tuple[jax.Array, jax.Array]]
 """Keys [*B, m, G, D] and values [*B, m, G, Dv] of a chunk, from that chunk of each input."""
 
 KEY_CHUNK = 256
+"""Up to so many keys are one block."""
+CACHED_BYTES = 2**22
+"""Half as many keys are a block on a CPU if their float32 scores then take no more (measured: caches hold them)."""
 BLOCK_BYTES = 2**26
+"""What the scores of a block take at most; on an accelerator also at least: each block costs 23 us there (an H200)."""
 
-CHUNKED_FROM = 2**25
-"""Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used."""
+CHUNKED_FROM = 2**24
+"""Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used on a CPU."""
+CHUNKED_FROM_ON_DEVICE = 2**28
+"""The same on an accelerator, where they are slower, and spare memory."""
 
 
 def large_scores(query: Any, key: Any, size: int = CHUNKED_FROM) -> bool:
-    """Whether the scores of query [*B, N, H, D] and key [*B, M, G, D] are better never held whole."""
+    """Whether the scores of query [*B, N, H, D] and key [*B, M, G, D] are better never held whole.
+
+    On a CPU that is from `size` bytes on.
+    """
+    size = size if jax.default_backend() == "cpu" else CHUNKED_FROM_ON_DEVICE
+    return score_bytes(query, key) >= size and key.shape[-3] >= KEY_CHUNK
+
+
+def score_bytes(query: Any, key: Any) -> int:
+    """What the float32 scores of query [*B, N, H, D] and key [*B, M, G, D] take."""
     *batch, num_queries, num_heads, _ = query.shape
-    score_bytes = 4 * math.prod(batch) * num_heads * num_queries * key.shape[-3]
-    return score_bytes >= size and key.shape[-3] >= KEY_CHUNK
+    return 4 * math.prod(batch) * num_heads * num_queries * key.shape[-3]
 
 
 class Settings(NamedTuple):
@@ -92,9 +106,10 @@ def attend_prepared(
 ) -> tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
     """Attention over keys and values that are made from `inputs` a chunk at a time.
 
-    A block is query_chunk_size x key_chunk_size scores for every batch entry and head. The defaults are
-    256 keys and as many queries as keep the float32 block within 64 MiB, at least 128. Differentiable in
-    reverse mode only.
+    A block is query_chunk_size x key_chunk_size scores for every batch entry and head. Left out, on a CPU a block has
+    128 keys if that keeps the float32 scores of all queries within 4 MiB, otherwise 256; on an accelerator as many as
+    keep them within 64 MiB, at least 256; all, if they are 256 or fewer. It has as many queries as keep it within
+    64 MiB, at least 128. Differentiable in reverse mode only.
 
     Args:
       query: as in `dot_product_attention`, like all options.
@@ -104,8 +119,8 @@ def attend_prepared(
     *batch, num_queries, num_heads, _ = query.shape
     num_keys = inputs[0].shape[len(batch)]
     _, value = jax.eval_shape(prepare, *inputs)
-    query_chunk, key_chunk = block_size(query.shape, num_keys, query_chunk_size, key_chunk_size)
-    settings = Settings(query_chunk, key_chunk, logits_soft_cap, dropout_rate, prepare, value.dtype)
+    sizes = block_size(query.shape, num_keys, query_chunk_size, key_chunk_size)
+    settings = Settings(*sizes, logits_soft_cap, dropout_rate, prepare, value.dtype)
     scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
     drops = None
     if dropout_rate:
@@ -120,10 +135,17 @@ def block_size(
 ) -> tuple[int, int]:
     """Queries and keys in a block: those that are asked for, or the defaults of `attend_prepared`."""
     *batch, num_queries, num_heads, _ = query_shape
-    key_chunk = max(1, min(key_chunk_size or KEY_CHUNK, num_keys))
+    row_bytes = 4 * max(1, math.prod(batch) * num_heads)
+    if key_chunk_size is None:
+        key_bytes = row_bytes * max(1, num_queries)
+        key_chunk_size, half = KEY_CHUNK, KEY_CHUNK // 2
+        if jax.default_backend() != "cpu":
+            key_chunk_size = max(KEY_CHUNK, BLOCK_BYTES // key_bytes // half * half)
+        elif num_keys > KEY_CHUNK and half * key_bytes <= CACHED_BYTES:
+            key_chunk_size = half
+    key_chunk = max(1, min(key_chunk_size, num_keys))
     if query_chunk_size is None:
-        row_bytes = 4 * key_chunk * num_heads * math.prod(batch)
-        query_chunk_size = max(128, BLOCK_BYTES // row_bytes)
+        query_chunk_size = max(128, BLOCK_BYTES // (row_bytes * key_chunk))
     return min(query_chunk_size, num_queries), key_chunk
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from xattn.ops.attention.chunked import large_scores
+from xattn.ops.attention.chunked import large_scores, score_bytes
 from xattn.ops.attention.distributed import split_axes
 from xattn.ops.attention.masks import Mask
 
@@ -51,10 +51,16 @@ def unfit(
     return None
 
 
+FROM = 2**20
+"""Bytes of the float32 scores from which on it is known to be faster than XLA's own programs (on an H200)."""
+
+
 def unasked(query: Any, key: Any, bias: Any, mask: Mask) -> str | None:
     """Why the kernel, which can serve, is not taken unless it is asked for; None if it is."""
     if not (bias is None and _is_own(mask, query.shape[-3], key.shape[-3])):
         return "a bias, and a mask that it does not know, need implementation='fused': jax.vmap fails with them"
+    if score_bytes(query, key) < FROM:
+        return "few scores need implementation='fused'"
     if jax.__version_info__ < (0, 11, 1):
         return "before jax 0.11.1 it needs implementation='fused': gradients under jax.vmap fail"
     return None
