@@ -1,6 +1,8 @@
 """Eight simulated devices, a persistent compilation cache and checked annotations for every test."""
 
+import gc
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 
 # Programs that run once are not worth optimising: without LLVM's passes the suite compiles in half the time, and
@@ -26,6 +28,17 @@ def pytest_configure() -> None:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     cache_compiled_programs("tests")
+
+
+@pytest.fixture(autouse=True)
+def small_heap() -> Iterator[None]:
+    """Keeps the garbage collector fast, and lets each test's garbage say what it has to say in that test.
+
+    Compiled programs are millions of objects that stay: going through them takes seconds each time.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

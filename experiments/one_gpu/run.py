@@ -39,6 +39,8 @@ def measure(config: str, workdir: Path) -> dict[str, str]:
     ready = re.search(r"ready for the first step after ([\d.]+) s", done.stdout)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    if skipped := max(row.get("skipped", 0) for row in rows):
+        raise RuntimeError(f"{config}: {skipped:.0f} updates were not finite and left out.")
     half = len(rates) // 2  # the first ones are with the start
     return {
         "run": f"`{config}`",

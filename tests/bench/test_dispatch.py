@@ -20,7 +20,12 @@ def blocks(**sizes):
 
 @pytest.mark.parametrize(
     ("sizes", "chosen"),
-    [((1, 2048, 2048, 8, 64), "chunked 256"), ((1, 512, 1024, 8, 64), "xla"), ((2, 4096, 77, 8, 40), "xla")],
+    [
+        ((1, 2048, 2048, 8, 64), "chunked 256"),
+        ((1, 512, 1024, 8, 64), "chunked 128"),
+        ((1, 512, 512, 8, 64), "xla"),
+        ((2, 4096, 77, 8, 40), "xla"),
+    ],
 )
 def test_the_goal_is_of_what_attention_chooses(sizes, chosen):
     forward, gradients = blocks(attention=(Attention(*sizes),))
@@ -48,6 +53,16 @@ def test_what_is_said_to_be_chosen_is_what_runs(sizes):
         str(jax.make_jaxpr(functools.partial(dot_product_attention, **options))(*qkv)) for options in ({}, named)
     ]
     assert _without_addresses(programs[0]) == _without_addresses(programs[1])
+
+
+def test_on_an_accelerator_the_fused_kernel_stands_beside_the_choice(monkeypatch):
+    request = Request("dispatch", budget_s=0.0, mode="device", dtype="bf16")
+    sizes = (Attention(1, 64, 64, 2, 8),)
+    assert [row.name for row in dispatch.cases(request, attention=sizes)[0].rows] == ["xla"]
+    monkeypatch.setattr(dispatch, "pick", lambda *arrays, fused=False: "cudnn" if fused else "xla")
+    for case in dispatch.cases(request, attention=sizes):
+        assert [row.name for row in case.rows] == ["xla", "cudnn"]
+        assert [(goal.row, goal.against) for goal in case.goals] == [("xla", "cudnn")]
 
 
 def _without_addresses(text: str) -> str:

@@ -95,16 +95,25 @@ def test_goals_name_rows_and_every_row_of_ours_has_one(workload):
         assert set(case.baseline) <= {row.name for row in case.rows}
 
 
-def test_goals_of_the_accelerator_name_its_rows():
-    cases = importlib.import_module(WORKLOADS["W1"]).cases(
-        Request("W1", mode="device"), **SIZES["W1"], long=(1, 1, 4, 4)
+@pytest.mark.parametrize("workload", sorted({goal.workload for goal in GOALS if goal.on == "device"}))
+def test_goals_of_the_accelerator_name_its_rows(workload):
+    more = {"W1": {"long": (1, 1, 4, 4)}, "W3": {"vit": ("vit_small_patch16_224", 1, 224)}}.get(workload, {})
+    cases = importlib.import_module(WORKLOADS[workload]).cases(
+        Request(workload, mode="device", dtype="bf16"), **SIZES[workload], **more
     )
     rows = {(case.title, row.name) for case in cases for row in case.rows}
     for goal in GOALS:
-        if goal.on == "device":
+        if (goal.on, goal.workload) == ("device", workload):
             assert (goal.case, goal.row) in rows
-            assert goal.against == "cudnn" or (goal.case, goal.against) in rows
-    assert {case.title for case in cases} >= {"core", "long core"}
+            assert not goal.against or (goal.case, goal.against) in rows
+
+
+def test_a_share_of_the_floor_is_noisy_where_the_machine_is():
+    goal = Goal("W3", "step", "xattn", "", "over_floor", 2.5)
+    rows = {"xattn": {"status": "ok", "over_floor": 2.0}}
+    for foreign, wanted in ((0.0, "pass"), (0.5, "noisy")):
+        rounds = [Round({"xattn": (1.0, 1.0)}, foreign)] * 5
+        assert verdict(goal, rows, rounds, "device", 1)["verdict"] == wanted
 
 
 def test_request_survives_json():

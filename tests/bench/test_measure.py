@@ -1,5 +1,6 @@
 """What a block of the report holds, with programs that take no time."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -10,7 +11,19 @@ import pytest
 
 from tests.bench.tiny import SIZES
 from xattn.bench import WORKLOADS, Request
-from xattn.bench.measure import Case, Program, Row, Work, alternate, difference, floor, jitted, print_peak, run_case
+from xattn.bench.measure import (
+    Case,
+    Program,
+    Row,
+    Work,
+    _timed,
+    alternate,
+    difference,
+    floor,
+    jitted,
+    print_peak,
+    run_case,
+)
 
 REQUEST = Request("W1", mode="one-core", threads=1, budget_s=0.0)
 
@@ -78,6 +91,19 @@ def test_peers_that_nobody_asked_for_are_left_out():
         row("ours", "ours"), row("a", "peer", package="torch"), row("b", "peer", package="timm"), request=request
     )
     assert set(found) == {"ours", "b"}
+
+
+def test_a_row_of_the_dtype_that_is_asked_for_is_left_out():
+    rows = [row("ours", "ours"), row("ours bf16", "ours", dtype="bf16")]
+    assert set(rows_of(*rows)[0]) == {"ours", "ours bf16"}
+    assert set(rows_of(*rows, request=dataclasses.replace(REQUEST, dtype="bf16"))[0]) == {"ours"}
+
+
+def test_a_sample_waits_once_for_all_its_calls():
+    seen = []
+    program = Program(lambda: seen.append("call"), wait=lambda _: seen.append("wait"))
+    wall, _ = _timed(program, 20)()
+    assert seen == ["call"] * 20 + ["wait"] and wall > 0
 
 
 def test_rounds_call_everything_once_in_an_order_drawn_anew():

@@ -1,7 +1,6 @@
 """Saving and restoring, also after the things that happen to files."""
 
 import errno
-import gc
 import json
 import logging
 import shutil
@@ -69,7 +68,6 @@ def opened(tmp_path):
     yield open_
     for checkpoints in made:
         checkpoints.close()
-    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -163,10 +163,8 @@ def test_eight_devices_train_as_one(tmp_path):
     common |= dict(model__encoder=encoder, validation=dict(VALIDATION, every=10))
     train(smoke("qsformer", **common), tmp_path / "one")
     assert len(losses(tmp_path / "one")) == 10
-    for mesh in (dict(mesh__data=8), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)):
-        workdir = tmp_path / "_".join(mesh)
-        train(smoke("qsformer", **common, **mesh), workdir)
-        np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one"), rtol=1e-5)
+    train(smoke("qsformer", **common, mesh__data=8), tmp_path / "eight")
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def test_a_run_may_go_on_under_pmap(tmp_path):

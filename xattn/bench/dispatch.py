@@ -80,28 +80,29 @@ LAYERS = (
 def cases(
     request: Request, attention: tuple[Attention, ...] | None = None, layers: tuple[Layer, ...] | None = None
 ) -> list[Case]:
-    """Two blocks, forward and gradients, for each of the sizes."""
-    if request.mode == "device":
-        ways = [_on_device(request, sizes) for sizes in attention or ON_DEVICE]
-    else:
-        ways = [_attention(sizes) for sizes in (ATTENTION if attention is None else attention)]
-        ways += [_layer(sizes) for sizes in (LAYERS if layers is None else layers)]
+    """Two blocks, forward and gradients, for each of the sizes: those above, unless they are given."""
+    device = request.mode == "device"
+    attention = (ON_DEVICE if device else ATTENTION) if attention is None else attention
+    layers = (() if device else LAYERS) if layers is None else layers
+    ways = [(_on_device if device else _attention)(request, sizes) for sizes in attention]
+    ways += [_layer(sizes) for sizes in layers]
     return [block for way in ways for block in _blocks(request, *way)]
 
 
 def _on_device(request: Request, sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]], list[Any]]:
     b, n, m, h, d = sizes
     qkv = [peers.normal(b, length, h, d, seed=seed) for seed, length in enumerate((n, m, m))]
-    chosen = pick(*map(peers.array_of(request.dtype), qkv))
+    arrays = [peers.array_of(request.dtype)(x) for x in qkv]
+    chosen = pick(*arrays)
 
     def named(name: str) -> Callable[..., Any]:
         return lambda *qkv: dot_product_attention(*qkv, implementation=name)
 
-    ways = {name: named(name) for name in dict.fromkeys((chosen, "cudnn", "xla"))}
+    ways = {name: named(name) for name in dict.fromkeys((chosen, pick(*arrays, fused=True), "xla"))}
     return f"attention {n} <- {m}, B{b} H{h} D{d}", chosen, ways, qkv
 
 
-def _attention(sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]], list[Any]]:
+def _attention(request: Request, sizes: Attention) -> tuple[str, str, dict[str, Callable[..., Any]], list[Any]]:
     b, n, m, h, d = sizes
     qkv = [peers.normal(b, length, h, d, seed=seed) for seed, length in enumerate((n, m, m))]
 

@@ -107,8 +107,10 @@ def array_of(dtype: str) -> Callable[[Any], jax.Array]:
 def torch_package() -> Any:
     """torch, or an ImportError where it cannot use the accelerator that JAX uses."""
     torch = importlib.import_module("torch")
-    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
-        raise ImportError("this torch cannot use the accelerator")
+    if jax.default_backend() != "cpu":
+        if not torch.cuda.is_available():
+            raise ImportError("this torch cannot use the accelerator")
+        torch.backends.cudnn.benchmark = True  # it tries algorithms for convolutions, as XLA does when it compiles
     return torch
 
 

@@ -103,7 +103,7 @@ def _cores() -> list[int]:
 
 
 def environment(mode: str, threads: int, workload: str = "") -> dict[str, str]:
-    """The environment of a child process; an accelerator is left as it is, if the workload wants one."""
+    """The environment of a child process; on an accelerator, if the workload wants one, jax takes what it needs."""
     if workload in SIMULATED:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={SIMULATED[workload]}"
         return environment("one-core", threads) | {"XLA_FLAGS": flags.strip()}

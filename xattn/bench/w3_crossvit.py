@@ -21,14 +21,17 @@ _OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.05}
 
 
 def cases(
-    request: Request, name: str = "crossvit_9_dagger_240", batch: int | None = None, side: int = 240
+    request: Request,
+    name: str = "crossvit_9_dagger_240",
+    batch: int | None = None,
+    side: int = 240,
+    vit: tuple[str, int, int] = ("vit_small_patch16_224", 256, 224),
 ) -> list[Case]:
-    """The blocks, for timm's model `name`."""
+    """The blocks, for timm's model `name`; `vit` are name, images and side of the one on an accelerator."""
     device = request.mode == "device"
     blocks = _cases(request, name, batch or (64 if device else 8), side, "training step")
     if device:
-        vit = "vit_small_patch16_224"
-        blocks.append(_cases(request, vit, 256, 224, f"training step of {vit}")[1])
+        blocks.append(_cases(request, *vit, f"training step of {vit[0]}")[1])
     return blocks
 
 

@@ -28,7 +28,7 @@ def cases(
     widths: tuple[int, ...] = (64, 160, 320, 640),
     qsformer: bool | None = None,
 ) -> list[Case]:
-    """The blocks; `queries` are those of a class, and QSFormer has a row unless there is an accelerator."""
+    """The blocks; `queries` are those of a class. QSFormer has a row on CPUs, where it compiles in little time."""
     dtype, count = request.dtype, ways * queries
     whole_model = request.mode != "device" if qsformer is None else qsformer
     images = peers.normal(ways + count, side, side, 3)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from xattn.ops.attention import IMPLEMENTATIONS, Mask, attention_weights, dot_product_attention
+from xattn.ops.attention.chunked import block_size
 from xattn.parallel.mesh import make_mesh
 
 # For 6 queries and 8 keys. A ragged last chunk is a second copy of the loop's body, and two are four.
@@ -361,6 +362,28 @@ def chosen(monkeypatch, query, key, value, **options):
 
 
 @pytest.mark.parametrize(
+    ("backend", "query", "keys", "asked", "wanted"),
+    [
+        ("cpu", (1, 512, 8, 64), 1024, (None, None), (512, 128)),
+        ("cpu", (1, 1024, 8, 64), 1024, (None, None), (1024, 128)),  # 4 MiB of scores
+        ("cpu", (1, 1025, 8, 64), 1024, (None, None), (1025, 256)),
+        ("cpu", (1, 512, 8, 64), 256, (None, None), (512, 256)),  # one block
+        ("cpu", (1, 512, 8, 64), 77, (None, None), (512, 77)),
+        ("cpu", (4, 50176, 8, 64), 1024, (None, None), (2048, 256)),  # 64 MiB
+        ("cpu", (1, 2048, 8, 64), 1024, (64, None), (64, 128)),
+        ("gpu", (1, 512, 1, 261), 50176, (None, None), (512, 32768)),
+        ("gpu", (1, 512, 8, 64), 50176, (None, None), (512, 4096)),
+        ("gpu", (4, 8192, 16, 64), 8192, (None, None), (1024, 256)),
+        ("gpu", (1, 1, 1, 64), 2**20, (None, None), (1, 32768)),
+        ("gpu", (1, 512, 8, 64), 50176, (None, 100), (512, 100)),
+    ],
+)
+def test_blocks_are_as_large_as_the_device_wants_them(monkeypatch, backend, query, keys, asked, wanted):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert block_size(query, keys, *asked) == wanted
+
+
+@pytest.mark.parametrize(
     ("queries", "keys", "options", "wanted"),
     [
         (4096, 77, {}, "xla"),
@@ -368,8 +391,8 @@ def chosen(monkeypatch, query, key, value, **options):
         # Many queries of few keys: the scores are large, but a row of them is shorter than one chunk.
         (50176, 255, {}, "xla"),
         (50176, 256, {}, "chunked"),
-        (512, 16383, {}, "xla"),
-        (512, 16384, {}, "chunked"),
+        (512, 8191, {}, "xla"),
+        (512, 8192, {}, "chunked"),
         (16, 16, {"key_chunk_size": 4}, "chunked"),
         (512, 50176, {"implementation": "xla"}, "xla"),
         (16, 16, {"implementation": "reference"}, "reference"),

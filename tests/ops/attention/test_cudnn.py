@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from absl import logging
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import PartitionSpec
 
 from tests.ops.attention.test_attention import SEGMENTS, Case, by_definition, chosen
 from xattn.ops.attention import Mask, api, cudnn, dot_product_attention
@@ -119,23 +120,57 @@ def test_fused_is_this_kernel_wherever_it_can_serve(monkeypatch, stand_in):
     assert fused(*arrays(), key_chunk_size=32) == ["chunked"]
 
 
-def test_without_a_name_it_is_this_kernel_where_vmap_works(monkeypatch, stand_in):
+def test_without_a_name_it_is_this_kernel_where_that_is_safe_and_pays(monkeypatch, stand_in):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
     default = functools.partial(chosen, monkeypatch)
-    assert default(*arrays()) == ["cudnn"]
-    assert default(*arrays(queries=64, keys=64), mask=Mask.causal()) == ["cudnn"]
-    assert default(*arrays(dtype=jnp.float32)) == ["xla"]
-    unknown = [
-        {"mask": Mask.causal()},
-        {"mask": Mask(kv_mask=jnp.ones(96, bool))},
-        {"bias": jnp.zeros((), jnp.bfloat16)},
-    ]
-    for options in unknown:
-        assert default(*arrays(), **options) == ["xla"]
-    assert default(*arrays(queries=4096, keys=4096), mask=Mask.window(3, 3)) == ["chunked"]
-    assert default(*arrays(), key_chunk_size=32) == ["chunked"]
+    large = functools.partial(arrays, queries=512, keys=512)  # 8 MiB of scores
+    assert default(*large()) == ["xla"]  # eight devices, and how arrays are split nobody knows
+    with jax.set_mesh(make_mesh(data=2, tensor=2, fsdp=1)):
+        assert default(*large()) == ["cudnn"]
+        assert default(*large(kv_heads=1)) == ["xla"]
+    with jax.set_mesh(make_mesh(sequence=8)):
+        assert default(*large()) == ["xla"]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for shapes, options, wanted in (
+        ({}, {}, "cudnn"),
+        ({}, {"mask": Mask.causal()}, "cudnn"),
+        ({}, {"key_chunk_size": 32}, "chunked"),
+        ({}, {"bias": jnp.zeros((), jnp.bfloat16)}, "xla"),
+        ({}, {"mask": Mask(kv_mask=jnp.ones(512, bool))}, "xla"),
+        ({"keys": 511}, {"mask": Mask.causal()}, "xla"),
+        ({"dtype": jnp.float32}, {}, "xla"),
+        ({"queries": 31, "keys": 16384}, {}, "xla"),
+        ({"queries": 64, "keys": 511}, {}, "xla"),  # 2 bytes short of 1 MiB a head of 2 x 4
+        ({"queries": 64, "keys": 512}, {}, "cudnn"),
+        ({"queries": 4096, "keys": 4096}, {"mask": Mask.window(3, 3)}, "chunked"),
+    ):
+        assert default(*large(**shapes), **options) == [wanted], (shapes, options)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
-    assert default(*arrays()) == ["xla"]
+    assert default(*large()) == ["xla"]
+
+
+def test_under_shard_map_each_device_calls_it(stand_in):
+    inputs = HALF(batch=(4,), queries=5, keys=7, dtype=jnp.bfloat16).inputs()
+    qkv = [inputs[name] for name in ("query", "key", "value")]
+    attend = functools.partial(dot_product_attention, implementation="cudnn")
+    rows = PartitionSpec("data")
+    split = jax.shard_map(attend, mesh=make_mesh(data=4), in_specs=rows, out_specs=rows)
+    np.testing.assert_allclose(np.float32(jax.jit(split)(*qkv)), np.float32(attend(*qkv)), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 1), reason="jax's rules for vmap were not whole")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_gradients_under_vmap_are_lowered_for_cuda(axis, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+    def loss(query, key, value):
+        return dot_product_attention(query, key, value, implementation="cudnn").astype(jnp.float32).sum()
+
+    query, key, value = arrays(queries=65, keys=77)
+    query = jax.ShapeDtypeStruct((*query.shape[:axis], 3, *query.shape[axis:]), query.dtype)
+    mapped = jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(axis, None, None))
+    program = jax.jit(mapped).trace(query, key, value).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmha" in program and "Backward" in program
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -157,6 +192,21 @@ def test_each_device_of_a_mesh_has_its_rows_and_heads(kv_heads, mask, stand_in):
     np.testing.assert_allclose(np.float32(parts), np.float32(alone), rtol=2e-2, atol=2e-2)
 
 
+def test_on_a_mesh_a_hidden_key_stays_hidden(stand_in):
+    inputs = HALF(batch=(4,), queries=5, keys=7, dtype=jnp.bfloat16).inputs()
+    qkv = [inputs[name] for name in ("query", "key", "value")]
+
+    def both(*qkv):
+        out, pull = jax.vjp(functools.partial(dot_product_attention, implementation="cudnn"), *qkv)
+        return out, *pull(inputs["d_out"])
+
+    alone = jax.jit(both)(*qkv)
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        parts = jax.jit(both)(*qkv)
+    for part, whole in zip(parts, alone, strict=True):
+        np.testing.assert_allclose(np.float32(part), np.float32(whole), rtol=2e-2, atol=2e-2)
+
+
 MISFITS = {
     "all be bfloat16, or all float16, not float32": (dict(dtype=jnp.float32), {}),
     "all be bfloat16, or all float16, not bfloat16 and float16": (dict(v_dtype=jnp.float16), {}),
@@ -165,6 +215,7 @@ MISFITS = {
     "heads of 136 and 136 must be of one width, a multiple of 8 up to 128": (dict(width=136, v_width=136), {}),
     "a bias of float32 would be rounded to bfloat16": ({}, {"bias": jnp.zeros(())}),
     "a bias or a mask of 2048 x 4096 would take much memory": (dict(queries=2048, keys=4096), {"mask": Mask.causal()}),
+    "its gradient may be NaN for 191 keys": (dict(keys=191), {"mask": Mask.causal()}),
     "the scale must be a number": ({}, {"scale": jnp.ones(4)}),
     "it has no soft cap": ({}, {"logits_soft_cap": 3.0}),
     "it does not drop the weights": ({}, {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}),
@@ -197,7 +248,7 @@ def test_without_a_gpu_it_is_refused_in_a_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "widest"), [("7.5", None), ("8.0", 128), ("8.9", 128), ("9.0", 256), ("12.0", 256)]
+    ("capability", "widest"), [("7.5", None), ("8.0", 128), ("8.9", 128), ("9.0", 256), ("10.0", 128), ("12.0", 128)]
 )
 def test_the_widest_head_of_a_generation(monkeypatch, capability, widest):
     monkeypatch.undo()
@@ -212,7 +263,7 @@ def test_the_widest_head_of_a_generation(monkeypatch, capability, widest):
 GRID = [
     dict(queries=queries, keys=keys, width=width, v_width=width, kv_heads=kv_heads, dtype=dtype)
     for queries, keys, width, kv_heads, dtype in itertools.product(
-        (1, 64), (77, 64, 512), (8, 96, 128), (1, 4), (jnp.bfloat16, jnp.float16)
+        (1, 64), (77, 62, 512), (8, 96, 128), (1, 4), (jnp.bfloat16, jnp.float16)
     )
 ]
 

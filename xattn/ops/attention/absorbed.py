@@ -119,8 +119,8 @@ def absorbed_attention(
     rows, _ = jax.eval_shape(prepare, inputs)
     if chunked.large_scores(query, rows, CHUNKED_FROM):
         checked = checked_mask(query, rows, rows, bias, mask, scale, dropout_rate, dropout_rng)
-        # Products with as many columns as the inputs have channels prefer blocks of one size on a CPU.
-        size = chunked.KEY_CHUNK if jax.default_backend() == "cpu" else None
+        # Products with as many columns as the inputs have channels prefer blocks of one size (measured on a CPU).
+        size = None if jax.default_backend() == "gpu" else chunked.KEY_CHUNK
         out, _ = chunked.attend_prepared(query, (inputs,), prepare, mask=checked, key_chunk_size=size, **options)
     else:
         out = dot_product_attention(query, *prepare(inputs), mask=mask, **options)

@@ -60,15 +60,16 @@ def dot_product_attention(
       dropout_rng: key for dropout. What drops depends on this key and on the (batch, head, query, key)
         index alone, so it is the same in every implementation.
       return_lse: also return the log-sum-exp of the scores over the keys, before dropout; `merge` takes it.
-      implementation: a name in `IMPLEMENTATIONS`, or "fused". None takes "cudnn" on an NVIDIA GPU for half-precision
-        arrays without bias, with no mask or a causal one, whose float32 scores take 1 MiB or more; "chunked" if a
-        chunk size is given, or if the scores take 16 MiB or more (256 MiB on an accelerator) and M is at least 256;
-        otherwise "xla", which is faster there. "fused" takes the kernel of the device, "cudnn" on NVIDIA GPUs and
-        "splash" on TPUs, wherever that can serve. Why a kernel is not taken on its device, or for "fused", is logged
-        once.
-        "gather", "ring" and "kv_ring" compute where queries and keys are split over the mesh axis `sequence`
-        (`xattn.ops.attention.distributed`). "reference" and "xla" are differentiable in every mode, the others once in
-        reverse; a bias or a mask of "cudnn" is not for `jax.vmap`.
+      implementation: a name in `IMPLEMENTATIONS`, or "fused". None takes "chunked" if a chunk size is given, or if the
+        float32 scores take 16 MiB or more (128 MiB on a GPU) and M is at least 256; otherwise "xla", which is faster
+        there. On NVIDIA GPUs, from jax 0.11.1 on, it takes "cudnn" before both where that can serve, without a bias
+        and with no mask but a causal one between equal lengths, for 32 queries and keys and 1 MiB of scores or more,
+        on one device or a mesh that splits batch and heads. "fused" takes the kernel of the device, "cudnn" on NVIDIA
+        GPUs and "splash" on TPUs, wherever that can serve. Why a kernel is not taken on its device, or for "fused",
+        is logged once. "gather", "ring" and "kv_ring" compute where queries and keys are split over the mesh axis
+        `sequence` (`xattn.ops.attention.distributed`). "reference" and "xla" are differentiable in every mode, the
+        others once in reverse: name "xla" for `jax.jvp` and second derivatives, and for a CPU beside a GPU. Under
+        `jax.vmap` "splash" fails, and "cudnn" with a bias or a mask array.
       query_chunk_size: queries in a block of "chunked", or of one device.
       key_chunk_size: keys in a block of "chunked", or of one device.
 

@@ -26,22 +26,24 @@ Prepare = Callable[..., tuple[jax.Array, jax.Array]]
 KEY_CHUNK = 256
 """Up to so many keys are one block."""
 CACHED_BYTES = 2**22
-"""Half as many keys are a block on a CPU if their float32 scores then take no more (measured: caches hold them)."""
+"""Half as many keys are a block if their float32 scores then take no more (measured: a CPU's caches hold them)."""
 BLOCK_BYTES = 2**26
-"""What the scores of a block take at most; on an accelerator also at least: each block costs 23 us there (an H200)."""
+"""What the scores of a block take at most; on a GPU also at least: each block costs 23 us there (an H200)."""
+GPU_CHUNK = 2**15
+"""Keys of a block on a GPU at most."""
 
 CHUNKED_FROM = 2**24
-"""Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used on a CPU."""
-CHUNKED_FROM_ON_DEVICE = 2**28
-"""The same on an accelerator, where they are slower, and spare memory."""
+"""Bytes of the float32 score matrix (all batch entries and heads) from which on chunks are used."""
+CHUNKED_FROM_ON_GPU = 2**27
+"""The same on a GPU, where they are slower, and spare memory."""
 
 
 def large_scores(query: Any, key: Any, size: int = CHUNKED_FROM) -> bool:
     """Whether the scores of query [*B, N, H, D] and key [*B, M, G, D] are better never held whole.
 
-    On a CPU that is from `size` bytes on.
+    That is from `size` bytes on; on a GPU from `CHUNKED_FROM_ON_GPU`.
     """
-    size = size if jax.default_backend() == "cpu" else CHUNKED_FROM_ON_DEVICE
+    size = CHUNKED_FROM_ON_GPU if jax.default_backend() == "gpu" else size
     return score_bytes(query, key) >= size and key.shape[-3] >= KEY_CHUNK
 
 
@@ -106,10 +108,10 @@ def attend_prepared(
 ) -> tuple[Float[Array, "*B N H Dv"], Float[Array, "*B H N"]]:
     """Attention over keys and values that are made from `inputs` a chunk at a time.
 
-    A block is query_chunk_size x key_chunk_size scores for every batch entry and head. Left out, on a CPU a block has
-    128 keys if that keeps the float32 scores of all queries within 4 MiB, otherwise 256; on an accelerator as many as
-    keep them within 64 MiB, at least 256; all, if they are 256 or fewer. It has as many queries as keep it within
-    64 MiB, at least 128. Differentiable in reverse mode only.
+    A block is query_chunk_size x key_chunk_size scores for every batch entry and head. Left out, a block has 128 keys
+    if that keeps the float32 scores of its queries within 4 MiB, otherwise 256; on a GPU as many as keep them within
+    64 MiB, 256 to 32768; all, if they are 256 or fewer. It has as many queries as keep it within 64 MiB, at least 128.
+    Differentiable in reverse mode only.
 
     Args:
       query: as in `dot_product_attention`, like all options.
@@ -137,10 +139,10 @@ def block_size(
     *batch, num_queries, num_heads, _ = query_shape
     row_bytes = 4 * max(1, math.prod(batch) * num_heads)
     if key_chunk_size is None:
-        key_bytes = row_bytes * max(1, num_queries)
+        key_bytes = row_bytes * max(1, min(query_chunk_size or num_queries, num_queries))
         key_chunk_size, half = KEY_CHUNK, KEY_CHUNK // 2
-        if jax.default_backend() != "cpu":
-            key_chunk_size = max(KEY_CHUNK, BLOCK_BYTES // key_bytes // half * half)
+        if jax.default_backend() == "gpu":
+            key_chunk_size = min(max(KEY_CHUNK, BLOCK_BYTES // key_bytes // half * half), GPU_CHUNK)
         elif num_keys > KEY_CHUNK and half * key_bytes <= CACHED_BYTES:
             key_chunk_size = half
     key_chunk = max(1, min(key_chunk_size, num_keys))

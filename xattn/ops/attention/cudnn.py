@@ -40,8 +40,12 @@ def unfit(
         return "there is nothing to attend from or to"
     if bias is not None and bias.dtype != query.dtype:
         return f"a bias of {bias.dtype} would be rounded to {query.dtype}"
-    if large_scores(query, key) and not (bias is None and _is_own(mask, num_queries, num_keys)):
-        return f"a bias or a mask of {num_queries} x {num_keys} would take much memory"
+    if not (bias is None and _is_own(mask, num_queries, num_keys)):
+        if large_scores(query, key):
+            return f"a bias or a mask of {num_queries} x {num_keys} would take much memory"
+        if (num_keys + num_keys % 2) % 128 == 64:
+            # github.com/pytorch/pytorch/issues/196678: where a row's log-sum-exp is below -88.
+            return f"with a bias or a mask its gradient may be NaN for {num_keys} keys, 64 beyond a multiple of 128"
     if not isinstance(scale, int | float):
         return "the scale must be a number"
     if logits_soft_cap is not None:
@@ -53,17 +57,34 @@ def unfit(
 
 FROM = 2**20
 """Bytes of the float32 scores from which on it is known to be faster than XLA's own programs (on an H200)."""
+FEWEST = 32
+"""The same of queries and of keys."""
 
 
 def unasked(query: Any, key: Any, bias: Any, mask: Mask) -> str | None:
     """Why the kernel, which can serve, is not taken unless it is asked for; None if it is."""
-    if not (bias is None and _is_own(mask, query.shape[-3], key.shape[-3])):
+    num_queries, num_keys = query.shape[-3], key.shape[-3]
+    if not (bias is None and _is_own(mask, num_queries, num_keys)):
         return "a bias, and a mask that it does not know, need implementation='fused': jax.vmap fails with them"
-    if score_bytes(query, key) < FROM:
-        return "few scores need implementation='fused'"
+    if min(num_queries, num_keys) < FEWEST or score_bytes(query, key) < FROM:
+        return "few queries, few keys and few scores need implementation='fused'"
+    if not _is_split_by_batch_and_heads(query, key):
+        return "on a mesh that does not split batch and heads alone, and evenly, it needs implementation='fused'"
     if jax.__version_info__ < (0, 11, 1):
         return "before jax 0.11.1 it needs implementation='fused': gradients under jax.vmap fail"
     return None
+
+
+def _is_split_by_batch_and_heads(query: Any, key: Any) -> bool:
+    """Whether each device of the mesh in use, if any, has its own part of the batch and of the heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1  # else arrays may be split in any way
+    if mesh.are_all_axes_manual:
+        return True
+    batch, heads = split_axes(math.prod(query.shape[:-3]), query.shape[-2], key.shape[-2])
+    parts = math.prod(mesh.shape[axis] for axis in (*(batch or ()), *(heads or ())))
+    return mesh.are_all_axes_auto and parts == mesh.size
 
 
 def attend(
@@ -118,7 +139,10 @@ def attend(
             implementation="cudnn",
         )
 
-    query, key, value = (_evened(x.reshape(rows, *x.shape[-3:]), -3) for x in (query, key, value))
+    # In two steps, so that an axis that jax.vmap maps comes first, where jax's kernel wants it.
+    query, key, value = (
+        _evened(x.reshape(-1, *x.shape[-2:]).reshape(rows, *x.shape[-3:]), -3) for x in (query, key, value)
+    )
     bias, allowed = (None if x is None else _evened(_evened(x, -1), -2) for x in (bias, allowed))
     out = _over_mesh(kernel, query, key, value, bias, allowed, lengths)[:, :num_queries]
     out = out.reshape(*batch, num_queries, num_heads, width)
@@ -128,8 +152,10 @@ def attend(
 
 def _evened(x: jax.Array, axis: int) -> jax.Array:
     """`x` with a last entry of zeros where the length of an axis is odd."""
+    if x.shape[axis] % 2 == 0:
+        return x
     odd = [(0, 0)] * x.ndim
-    odd[axis] = (0, x.shape[axis] % 2)
+    odd[axis] = (0, 1)
     return jnp.pad(x, odd)
 
 
@@ -138,7 +164,8 @@ def _over_mesh(kernel: Any, query: Any, key: Any, value: Any, bias: Any, allowed
 
     Left to jax's own partitioning, grouped heads would meet others' keys and masks would keep their whole batch.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
         return kernel(query, key, value, bias, allowed, lengths)
     batch, heads = split_axes(query.shape[0], query.shape[2], key.shape[2])
     split = PartitionSpec(batch, None, heads)
@@ -157,8 +184,12 @@ def _is_own(mask: Mask, num_queries: int, num_keys: int) -> bool:
 
 
 def _widest_head() -> int | None:
-    """The widest head that the kernel takes on the default device (256 from Hopper on, 128 before), or None."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version:
+    """The widest head that the kernel takes on the default device (256 on Hopper, 128 on others), or None."""
+    config: Any = jax.config
+    chosen = config.jax_default_device  # None, a device or the name of a platform
+    if jax.default_backend() != "gpu" or getattr(chosen, "platform", chosen) == "cpu":
+        return None
+    if "cuda" not in jax.extend.backend.get_backend().platform_version:
         return None
     generation = int(jax.devices()[0].compute_capability.split(".")[0])
-    return 256 if generation >= 9 else 128 if generation == 8 else None
+    return None if generation < 8 else 256 if generation == 9 else 128
