@@ -7,7 +7,29 @@ import pytest
 from flax import linen as nn
 
 from tests.variables import normal
-from xattn.layers.convolution import image_norm, max_pool
+from xattn.layers import convolution
+from xattn.layers.convolution import conv, image_norm, max_pool
+from xattn.parallel.mesh import make_mesh
+
+
+@pytest.mark.parametrize("count", [1, 8, 19, 160])
+def test_a_large_kernels_gradient_is_summed_over_groups_of_images(count, monkeypatch):
+    layer, x, towards = conv(5, 3, name="conv"), normal(count, 4, 6, 3), normal(count, 4, 6, 5, seed=1)
+    variables = layer.init(jax.random.key(0), x)
+
+    def gradients():
+        return jax.jit(jax.grad(lambda v, x: jnp.vdot(layer.apply(v, x), towards), argnums=(0, 1)))
+
+    def convolutions(gradients):
+        return str(jax.make_jaxpr(gradients)(variables, x)).count(" = conv_general_dilated[")
+
+    whole, number = gradients()(variables, x), convolutions(gradients())
+    monkeypatch.setattr(convolution, "LARGE", 1)
+    groups = -(-count // max(8, -(-count // 16)))
+    assert convolutions(gradients()) - number == groups - 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients()(variables, x), whole)
+    with jax.set_mesh(make_mesh(data=4)):
+        assert convolutions(gradients()) == number
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])

@@ -1,7 +1,11 @@
 """Convolution and normalisation of image encoders, with logical axis names."""
 
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
@@ -12,8 +16,20 @@ from xattn.config import UsageError
 CONV_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 
 
+GROUP = 8
+"""Images whose part of a kernel's gradient is computed together on a CPU: of all of an episode's 80 at once, XLA's CPU
+backend makes a program that takes up to 4 times as long."""
+GROUPS = 16
+"""Parts at most: each is compiled by itself."""
+LARGE = 2**30
+"""Multiply-adds of a convolution from which on that is done: of smaller ones it would spare milliseconds."""
+
+
 def conv(features: int, size: int, *, name: str, dtype: Dtype | None = None) -> nn.Conv:
-    """Convolution without bias, stride 1, "same" size for odd `size`, initialised N(0, 2 / (size^2 features))."""
+    """Convolution without bias, stride 1, "same" size for odd `size`, initialised N(0, 2 / (size^2 features)).
+
+    Where it is large, on one CPU, it is differentiable in reverse mode only; see `conv_general_dilated`.
+    """
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nn.Conv(
         features,
@@ -22,8 +38,54 @@ def conv(features: int, size: int, *, name: str, dtype: Dtype | None = None) -> 
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(init, CONV_AXES),
+        conv_general_dilated=conv_general_dilated,
         name=name,
     )
+
+
+def conv_general_dilated(
+    images: Float[Array, "B H W C"],
+    kernel: Float[Array, "h w C D"],
+    window_strides: Sequence[int],
+    padding: Any,
+    **options: Any,
+) -> Float[Array, "B H2 W2 D"]:
+    """`jax.lax.conv_general_dilated`, whose kernel's gradient is summed over groups of images where that is faster.
+
+    That is on CPUs, for convolutions of `LARGE` and more, unless a mesh splits the images.
+    """
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
+    )
+    out = jax.eval_shape(convolve, images, kernel)
+    multiply_adds = math.prod(out.shape[:-1]) * kernel.size
+    split = jax.sharding.get_abstract_mesh()
+    if jax.default_backend() != "cpu" or multiply_adds < LARGE or not (split.empty or split.size == 1):
+        return convolve(images, kernel)
+    return _in_groups(convolve, images, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_groups(convolve: Callable[..., Any], images: Any, kernel: Any) -> Any:
+    return convolve(images, kernel)
+
+
+def _forward(convolve: Callable[..., Any], images: Any, kernel: Any) -> Any:
+    return convolve(images, kernel), (images, kernel)
+
+
+def _backward(convolve: Callable[..., Any], residuals: tuple[Any, Any], d_out: Any) -> tuple[Any, Any]:
+    images, kernel = residuals
+    (d_images,) = jax.linear_transpose(lambda images: convolve(images, kernel), images)(d_out)
+    size = max(GROUP, -(-len(images) // GROUPS))
+    d_kernel: Any = 0
+    for i in range(0, len(images), size):
+        part, d_part = images[i : i + size], d_out[i : i + size]
+        d_kernel += jax.linear_transpose(functools.partial(convolve, part), kernel)(d_part)[0]
+    return d_images, d_kernel
+
+
+_in_groups.defvjp(_forward, _backward)
 
 
 def max_pool(x: Float[Array, "*B H W C"]) -> Float[Array, "*B h w C"]:
