@@ -45,7 +45,7 @@ def test_crops_are_close_to_pillows(size, options):
     data = saved(smooth(), **options)
     for seed in range(12):
         box = draw_crop(200, 150, np.random.default_rng(seed))
-        fast = fast_crop(data, lambda width, height, box=box: box if (width, height) == (200, 150) else None, size)
+        fast = fast_crop(data, lambda width, height, box=box: (box, (width, height) != (200, 150)), size)
         error = np.abs(fast - with_pillow(data, whole_pixels(box, dct_eighths(box, size)), size))
         assert fast.dtype == np.uint8 and error.mean() < 2.5 and np.percentile(error, 99) < 12, (box, error.mean())
 
@@ -65,7 +65,7 @@ def test_the_decoded_part_is_as_small_as_it_may_be_but_not_smaller(monkeypatch):
         sides = box[3] - box[1], box[2] - box[0]
         eighths = dct_eighths(box, size)
         chosen.add(eighths)
-        fast_crop(data, lambda *_, box=box: box, size)
+        fast_crop(data, lambda *_, box=box: (box, False), size)
         assert eighths == 8 or min(sides) * eighths >= 8 * size > min(sides) * eighths // 2 * (eighths > 1)
         for side, decoded in zip(sides, parts[-1], strict=False):
             assert abs(decoded - side * eighths / 8) < 1
@@ -82,9 +82,15 @@ def test_the_scale_in_eighths(box, size, eighths):
     assert dct_eighths(box, size) == eighths
 
 
+def test_mirrored_parts_are_the_same_from_right_to_left():
+    for box in ((10, 10, 110, 110), (0, 0, 200, 150), (20, 30, 50, 70)):
+        plain, mirrored = (fast_crop(saved(smooth()), lambda *_, d=(box, way): d, 48) for way in (False, True))
+        np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+
+
 def test_grey_files_become_rgb():
     data = saved(smooth().convert("L"))
-    fast = fast_crop(data, lambda *_: (10, 10, 110, 110), 48)
+    fast = fast_crop(data, lambda *_: ((10, 10, 110, 110), False), 48)
     assert (fast == fast[..., :1]).all()
     assert np.abs(fast - with_pillow(data, (10, 10, 110, 110), 48)).mean() < 2.5
 
@@ -95,7 +101,8 @@ def test_cmyk_and_other_formats_go_pillows_way():
     for data in (saved(smooth().convert("CMYK")), saved(smooth(), format="PNG"), gif):
         part = Image.open(io.BytesIO(data)).convert("RGB").crop(box)
         expected = np.asarray(part.resize((32, 32), Image.Resampling.BICUBIC))
-        np.testing.assert_array_equal(fast_crop(data, lambda *_: box, 32), expected)
+        np.testing.assert_array_equal(fast_crop(data, lambda *_: (box, False), 32), expected)
+        np.testing.assert_array_equal(fast_crop(data, lambda *_: (box, True), 32), expected[:, ::-1])
 
 
 def test_only_jpegs_are_called_so():
@@ -105,7 +112,7 @@ def test_only_jpegs_are_called_so():
 @pytest.mark.parametrize("end", [0, 2, 40, 700, -2000])
 def test_damaged_files_raise_as_with_pillow(end):
     with pytest.raises(OSError):
-        fast_crop(saved(smooth())[:end], lambda *_: (0, 0, 100, 100), 32)
+        fast_crop(saved(smooth())[:end], lambda *_: ((0, 0, 100, 100), False), 32)
 
 
 def test_small_faults_that_pillow_forgives_are_forgiven_with_the_box_that_was_drawn():
@@ -115,11 +122,11 @@ def test_small_faults_that_pillow_forgives_are_forgiven_with_the_box_that_was_dr
 
     def draw(width, height):
         boxes.append(draw_crop(width, height, np.random.default_rng(len(boxes))))
-        return boxes[-1]
+        return boxes[-1], True
 
     found = fast_crop(data, draw, 32)
     (box,) = boxes
-    assert np.abs(found - with_pillow(data, box, 32)).mean() < 2.5
+    assert np.abs(found[:, ::-1] - with_pillow(data, box, 32)).mean() < 2.5
 
 
 @pytest.mark.parametrize("package", ["cv2", "simplejpeg"])
@@ -127,4 +134,4 @@ def test_a_missing_package_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     fast_libraries.cache_clear()
     with pytest.raises(UsageError, match=f"the decoder 'fast' needs the package {package}: pip install 'xattn"):
-        fast_crop(saved(smooth()), lambda *_: (0, 0, 9, 9), 8)
+        fast_crop(saved(smooth()), lambda *_: ((0, 0, 9, 9), False), 8)

@@ -46,6 +46,10 @@ def test_files_their_bytes_and_images_give_the_same(tmp_path):
             assert other["label"] == index and other["label"].dtype == np.int32
 
 
+def mirrored(image, rng):
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+
+
 @pytest.mark.parametrize("options", [None, {"name": "timm", "scale": (0.2, 0.5), "num_layers": 1}])
 def test_training_cuts_out_a_part_by_the_seed_and_evaluation_shows_the_centre(options):
     source = Shelf(IMAGE, transform=options)
@@ -53,7 +57,7 @@ def test_training_cuts_out_a_part_by_the_seed_and_evaluation_shows_the_centre(op
     trained = []
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        part = IMAGE.crop(draw_crop(60, 40, rng, transform.scale))
+        part = mirrored(IMAGE.crop(draw_crop(60, 40, rng, transform.scale)), rng)
         trained.append(source.example(0, seed)["image"])
         np.testing.assert_array_equal(trained[-1], np.asarray(transform.train(part, 16, rng)))
     assert len({pixels.tobytes() for pixels in trained}) == 8
@@ -69,12 +73,13 @@ def test_images_of_other_modes_become_colours(mode):
         )
 
 
-def test_the_fast_decoder_reads_files_to_train_with_and_nothing_else(monkeypatch, tmp_path):
-    """It is handed the draw of the box and the size, and what it returns is mirrored and augmented as ever."""
-    boxes = []
+@pytest.mark.parametrize("num_layers", [0, 2])
+def test_the_fast_decoder_reads_files_to_train_with_and_nothing_else(monkeypatch, tmp_path, num_layers):
+    """It is handed the draw of box and mirror, and the size; what it returns is augmented as ever."""
+    draws = []
 
     def fast_crop(data, draw, size):
-        boxes.append(draw(60, 40))
+        draws.append(draw(60, 40))
         assert data == png() and size == 16
         return np.asarray(IMAGE.crop((0, 0, 16, 16)))
 
@@ -82,17 +87,17 @@ def test_the_fast_decoder_reads_files_to_train_with_and_nothing_else(monkeypatch
     monkeypatch.setattr(labelled_images, "fast_crop", fast_crop)
     path = tmp_path / "0.png"
     path.write_bytes(png())
-    options = {"name": "timm", "scale": (0.3, 0.4)}
+    options = {"name": "timm", "scale": (0.3, 0.4), "num_layers": num_layers}
     fast, exact = (Shelf(path, png(), IMAGE, transform=options, decoder=decoder) for decoder in ("fast", "pillow"))
     for index in (0, 1):
         rng = np.random.default_rng(5)
-        box = draw_crop(60, 40, rng, (0.3, 0.4))
+        drawn = draw_crop(60, 40, rng, (0.3, 0.4)), rng.random() < 0.5
         expected = image_transform(options).train(IMAGE.crop((0, 0, 16, 16)), 16, rng)
         np.testing.assert_array_equal(fast.example(index, 5)["image"], np.asarray(expected))
-        assert boxes.pop() == box
+        assert draws.pop() == drawn
     for index, seed in ((0, None), (1, None), (2, None), (2, 5)):
         np.testing.assert_array_equal(fast.example(index, seed)["image"], exact.example(index, seed)["image"])
-    assert not boxes
+    assert not draws
 
 
 def test_mistakes_are_named():

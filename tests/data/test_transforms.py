@@ -46,31 +46,26 @@ def test_timm_scales_the_shorter_side_and_takes_the_centre(height, width, size, 
     np.testing.assert_array_equal(transform.evaluate(image, size), expected)
 
 
-def mirrored(image, rng):
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
-
-
 def test_perceiver_augments_before_scaling_and_timm_after():
     part = noise(30, 50)
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        expected = RandAugment(4, 5)(mirrored(part, rng), rng).resize((16, 16), BICUBIC)
+        expected = RandAugment(4, 5)(part, rng).resize((16, 16), BICUBIC)
         ours = image_transform({"name": "perceiver_io"}).train(part, 16, np.random.default_rng(seed))
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
         rng = np.random.default_rng(seed)
-        expected = TimmRandAugment(3, 8, 1.0)(mirrored(part.resize((16, 16), BICUBIC), rng), rng)
+        expected = TimmRandAugment(3, 8, 1.0)(part.resize((16, 16), BICUBIC), rng)
         timm = image_transform({"name": "timm", "num_layers": 3, "magnitude": 8, "magnitude_std": 1.0})
         np.testing.assert_array_equal(np.asarray(timm.train(part, 16, np.random.default_rng(seed))), expected)
 
 
-def test_without_layers_images_are_scaled_and_mirrored_only():
+def test_without_layers_images_are_scaled_only():
     part = noise(30, 50)
-    scaled = np.asarray(part.resize((16, 16), BICUBIC))
     for options in (None, {"name": "timm", "num_layers": 0}):
-        trained = [np.asarray(image_transform(options).train(part, 16, np.random.default_rng(i))) for i in range(20)]
-        flips = [(pixels == scaled[:, ::-1]).all() for pixels in trained]
-        assert 3 < sum(flips) < 17
-        assert all((pixels == scaled).all() for pixels, flip in zip(trained, flips, strict=True) if not flip)
+        transform = image_transform(options)
+        trained = transform.train(part, 16, np.random.default_rng(0))
+        np.testing.assert_array_equal(np.asarray(trained), np.asarray(part.resize((16, 16), BICUBIC)))
+        assert transform.num_layers == 0
 
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.6)])

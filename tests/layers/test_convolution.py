@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from tests.variables import normal
 from xattn.layers import convolution
-from xattn.layers.convolution import conv, image_norm, max_pool
+from xattn.layers.convolution import conv, image_norm, in_groups, max_pool
 from xattn.parallel.mesh import make_mesh
 
 
@@ -30,6 +30,28 @@ def test_a_large_kernels_gradient_is_summed_over_groups_of_images(count, monkeyp
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients()(variables, x), whole)
     with jax.set_mesh(make_mesh(data=4)):
         assert convolutions(gradients()) == number
+
+
+@pytest.mark.parametrize(
+    "batch, cache, groups", [((7,), 2**25, 1), ((2, 3), 1, 6), ((7,), 4 * 4 * 5 * 6 * 3, 3), ((40,), 1, 14)]
+)
+def test_images_are_encoded_in_groups_that_the_cache_holds(batch, cache, groups, monkeypatch):
+    """Six features: a map has 4 x 5 x 6 numbers of 4 bytes. There are 16 groups at most, so 14, of 3 of 40 images."""
+    monkeypatch.setattr(convolution, "CACHE", cache)
+    images, seen = normal(*batch, 4, 5, 3), []
+
+    def encode(x):
+        seen.append(x.shape)
+        return x.sum(-1), x.reshape(*x.shape[:-3], -1)
+
+    sums, flat = in_groups(encode, images, 6)
+    np.testing.assert_array_equal(sums, images.sum(-1))
+    np.testing.assert_array_equal(flat, images.reshape(*batch, -1))
+    assert len(seen) == groups
+    seen.clear()
+    with jax.set_mesh(make_mesh(data=4)):
+        in_groups(encode, images, 6)
+    assert seen == [images.shape]
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])

@@ -7,6 +7,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from tests.variables import normal, random_variables
+from xattn.layers import convolution
 from xattn.layers.convolution import conv
 from xattn.models.resnet12 import ResNet12
 
@@ -49,6 +50,23 @@ def test_stages_follow_the_equation_with_running_statistics():
 
     for stage, expected in zip(jax.jit(model.apply)(variables, images), oracle(variables, images), strict=True):
         np.testing.assert_allclose(stage, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_of_images_change_nothing_and_in_training_there_are_none(monkeypatch):
+    model, images = ResNet12(widths=(3, 4, 5, 6)), normal(2, 3, 16, 16, 3, seed=0)
+    variables = random_variables(model, images)
+
+    def run(train):
+        return jax.jit(lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats"] if train else []))
+
+    whole = {train: run(train)(variables, images) for train in (False, True)}
+    lengths = {train: len(run(train).lower(variables, images).as_text()) for train in (False, True)}
+    monkeypatch.setattr(convolution, "CACHE", 1)
+    for train in (False, True):
+        got = run(train)(variables, images)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, whole[train])
+    assert len(run(False).lower(variables, images).as_text()) > 2 * lengths[False]
+    assert len(run(True).lower(variables, images).as_text()) == lengths[True]
 
 
 def test_convolutions_start_with_the_fan_out_of_kaiming():

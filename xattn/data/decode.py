@@ -28,15 +28,16 @@ from xattn.config import UsageError
 Box = tuple[int, int, int, int]
 
 
-def fast_crop(data: bytes, draw: Callable[[int, int], Box], size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """A part of an image, scaled to size x size.
+def fast_crop(data: bytes, draw: Callable[[int, int], tuple[Box, bool]], size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """A part of an image, scaled to size x size, mirrored or not.
 
     What the fast decoder can't read goes Pillow's way: other formats, CMYK, and files that it finds fault with, about
     which Pillow has the last word.
 
     Args:
       data: the bytes of an image file.
-      draw: called once, with the width and height of the image; the box (left, top, right, bottom) to take.
+      draw: called once, with the width and height of the image; the box (left, top, right, bottom) to take, and
+        whether to mirror it.
       size: S.
 
     Raises:
@@ -44,11 +45,11 @@ def fast_crop(data: bytes, draw: Callable[[int, int], Box], size: int) -> UInt8[
       UsageError: the extra fast-decode is not installed.
     """
     simplejpeg, cv2 = fast_libraries()
-    box = None
+    drawn = None
     if is_jpeg(data):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            box = draw(width, height)
+            drawn = box, mirrored = draw(width, height)
             if colours in ("Gray", "RGB", "YCbCr"):
                 eighths = dct_eighths(box, size)
                 height, width = (-(-side * eighths // 8) for side in (height, width))  # rounded up, as decoders do
@@ -57,12 +58,19 @@ def fast_crop(data: bytes, draw: Callable[[int, int], Box], size: int) -> UInt8[
                 part = pixels[top:bottom, left:right]
                 shrink = math.sqrt(part.size / 3) / size
                 way = cv2.INTER_CUBIC if shrink < 1 else cv2.INTER_LINEAR if shrink < 1.5 else cv2.INTER_AREA
-                return cv2.resize(part, (size, size), interpolation=way)
+                part = cv2.resize(part, (size, size), interpolation=way)
+                return cv2.flip(part, 1) if mirrored else part
         except ValueError:
             pass
     with Image.open(io.BytesIO(data)) as image:
-        box = box or draw(*image.size)
-        return np.asarray(image.convert("RGB").crop(box).resize((size, size), Image.Resampling.BICUBIC))
+        box, mirrored = drawn or draw(*image.size)
+        part = mirror(image.convert("RGB").crop(box), mirrored)
+        return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def mirror(image: Image.Image, mirrored: bool) -> Image.Image:
+    """The image, left and right exchanged if it is to be `mirrored`."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
 def is_jpeg(data: bytes) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xattn.config import UsageError
 from xattn.data.checks import check_root, check_split
-from xattn.data.decode import fast_crop, fast_libraries
+from xattn.data.decode import Box, fast_crop, fast_libraries, mirror
 from xattn.data.transforms import draw_crop, image_shapes, image_transform
 
 _DECODERS = ("pillow", "fast")
@@ -102,16 +102,20 @@ class LabelledImages:
                 return self._transform.evaluate(image, self._size)
         rng = np.random.default_rng(seed)
 
-        def draw(width: int, height: int) -> tuple[int, int, int, int]:
-            return draw_crop(width, height, rng, self._transform.scale)
+        def draw(width: int, height: int) -> tuple[Box, bool]:
+            return draw_crop(width, height, rng, self._transform.scale), rng.random() < 0.5
 
         if self._fast and isinstance(file, Path):
             file = file.read_bytes()
         if self._fast and isinstance(file, bytes):
-            part = Image.fromarray(fast_crop(file, draw, self._size))
+            pixels = fast_crop(file, draw, self._size)
+            if not self._transform.num_layers:
+                return pixels
+            part = Image.fromarray(pixels)
         else:
             with _open(file) as image:
-                part = image.crop(draw(*image.size)).convert("RGB")
+                box, mirrored = draw(*image.size)
+                part = mirror(image.crop(box).convert("RGB"), mirrored)
         return np.asarray(self._transform.train(part, self._size, rng))
 
     @staticmethod

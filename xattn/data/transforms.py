@@ -88,11 +88,13 @@ def eval_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
 class ImageTransform(Protocol):
     """What a source of labelled images does to an image of any size.
 
-    Training cuts out `draw_crop(width, height, rng, scale)` and gives this part to `train`; a part that was scaled
-    when it was decoded comes with size x size pixels already. Evaluation gives the whole image to `evaluate`.
+    Training cuts out `draw_crop(width, height, rng, scale)`, mirrors this part half of the time and gives it to
+    `train`. A part that was scaled when it was decoded comes with size x size pixels already, and only if there is
+    something to do: `num_layers` operations. Evaluation gives the whole image to `evaluate`.
     """
 
     scale: tuple[float, float]
+    num_layers: int
 
     def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> Image.Image: ...
 
@@ -105,10 +107,11 @@ class PerceiverTransform:
     scale = (0.08, 1.0)
 
     def __init__(self, num_layers: int = 4, magnitude: int | float = 5):
+        self.num_layers = num_layers
         self._augment = RandAugment(num_layers, magnitude)
 
     def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        return _scaled(self._augment(_mirrored(part, rng), rng), size)
+        return _scaled(self._augment(part, rng), size)
 
     def evaluate(self, image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
         return eval_crop(image, size)
@@ -146,11 +149,12 @@ class TimmTransform:
                     "config.data.transform needs two numbers as scale, the smallest part of the area above 0 and the "
                     f"largest up to 1, but got {scale}."
                 )
+        self.num_layers = num_layers
         self._crop_fraction = crop_fraction
         self._augment = TimmRandAugment(num_layers, magnitude, magnitude_std)
 
     def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        return self._augment(_mirrored(_scaled(part, size), rng), rng)
+        return self._augment(_scaled(part, size), rng)
 
     def evaluate(self, image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
         shorter = math.floor(size / self._crop_fraction)
@@ -188,7 +192,3 @@ def image_shapes(height: int, width: int, channels: int) -> dict[str, jax.ShapeD
 
 def _scaled(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _mirrored(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image

@@ -23,6 +23,8 @@ GROUPS = 16
 """Parts at most: each is compiled by itself."""
 LARGE = 2**30
 """Multiply-adds of a convolution from which on that is done: of smaller ones it would spare milliseconds."""
+CACHE = 2**25
+"""Bytes of a feature map that a CPU's cache holds: XLA's convolutions of larger ones take up to a third longer."""
 
 
 def conv(features: int, size: int, *, name: str, dtype: Dtype | None = None) -> nn.Conv:
@@ -52,21 +54,42 @@ def conv_general_dilated(
 ) -> Float[Array, "B H2 W2 D"]:
     """`jax.lax.conv_general_dilated`, whose kernel's gradient is summed over groups of images where that is faster.
 
-    That is on CPUs, for convolutions of `LARGE` and more, unless a mesh splits the images.
+    That is on a single CPU, for convolutions of `LARGE` and more.
     """
     convolve = functools.partial(
         jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
     out = jax.eval_shape(convolve, images, kernel)
     multiply_adds = math.prod(out.shape[:-1]) * kernel.size
-    split = jax.sharding.get_abstract_mesh()
-    if jax.default_backend() != "cpu" or multiply_adds < LARGE or not (split.empty or split.size == 1):
+    if multiply_adds < LARGE or not _on_one_cpu():
         return convolve(images, kernel)
-    return _in_groups(convolve, images, kernel)
+    return _summed(convolve, images, kernel)
+
+
+def in_groups(encode: Callable[[Float[Array, "B H W C"]], Any], images: Float[Array, "*B H W C"], features: int) -> Any:
+    """`encode(images)` of an encoder that looks at each image by itself, in groups of images where that is faster.
+
+    That is on a single CPU, where a map of all images, as large as they are with this many `features`, is larger than
+    `CACHE`. Outputs are arrays [*B, ...].
+    """
+    *batch, height, width, channels = images.shape
+    count = math.prod(batch)
+    groups = min(GROUPS, -(-4 * count * height * width * features // CACHE))
+    if groups < 2 or not _on_one_cpu():
+        return encode(images)
+    size = -(-count // groups)
+    rows = images.reshape(count, height, width, channels)
+    parts = [encode(rows[i : i + size]) for i in range(0, count, size)]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs).reshape(*batch, *xs[0].shape[1:]), *parts)
+
+
+def _on_one_cpu() -> bool:
+    split = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (split.empty or split.size == 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_groups(convolve: Callable[..., Any], images: Any, kernel: Any) -> Any:
+def _summed(convolve: Callable[..., Any], images: Any, kernel: Any) -> Any:
     return convolve(images, kernel)
 
 
@@ -85,7 +108,7 @@ def _backward(convolve: Callable[..., Any], residuals: tuple[Any, Any], d_out: A
     return d_images, d_kernel
 
 
-_in_groups.defvjp(_forward, _backward)
+_summed.defvjp(_forward, _backward)
 
 
 def max_pool(x: Float[Array, "*B H W C"]) -> Float[Array, "*B h w C"]:

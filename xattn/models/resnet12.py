@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from xattn.layers.convolution import conv, image_norm, max_pool
+from xattn.layers.convolution import conv, image_norm, in_groups, max_pool
 
 
 class ResNet12(nn.Module):
@@ -42,13 +42,19 @@ class ResNet12(nn.Module):
     def __call__(self, images: Float[Array, "*B H W C"], *, train: bool = False) -> tuple[Float[Array, "..."], ...]:
         """Returns the feature map [*B, h, w, width] of every stage, the last one last."""
         norm = dict(kind=self.norm, num_groups=self.num_groups, axis_name=self.axis_name)
-        x, stages = images, []
-        for i, width in enumerate(self.widths):
-            x = ResidualStage(width, norm, self.dtype, name=f"stage_{i}")(x, train)
-            if self.pool_last or i < len(self.widths) - 1:
-                x = max_pool(x)
-            stages.append(x)
-        return tuple(stages)
+        stages = [ResidualStage(width, norm, self.dtype, name=f"stage_{i}") for i, width in enumerate(self.widths)]
+
+        def encode(x: Any) -> tuple[Any, ...]:
+            maps = []
+            for i, stage in enumerate(stages):
+                x = stage(x, train)
+                if self.pool_last or i < len(stages) - 1:
+                    x = max_pool(x)
+                maps.append(x)
+            return tuple(maps)
+
+        # In training, BatchNorm makes an image's features depend on all others.
+        return encode(images) if train else in_groups(encode, images, self.widths[0])
 
 
 class ResidualStage(nn.Module):
