@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from xattn.bench import Request, dispatch
@@ -60,7 +61,11 @@ def test_on_an_accelerator_the_fused_kernel_stands_beside_the_choice(monkeypatch
     sizes = (Attention(1, 64, 64, 2, 8),)
     assert [row.name for row in dispatch.cases(request, attention=sizes)[0].rows] == ["xla"]
     monkeypatch.setattr(dispatch, "pick", lambda *arrays, fused=False: "cudnn" if fused else "xla")
-    for case in dispatch.cases(request, attention=sizes):
+    forward, gradients = dispatch.cases(request, attention=sizes)
+    out = np.asarray(forward.rows[0].make().run(), np.float32)
+    assert out.shape == (dispatch.REPEATS, 1, 64, 2, 8)  # once for each of some queries, which are all the same, rolled
+    np.testing.assert_allclose(out[1], np.roll(out[0], 1, axis=1), atol=2e-2)
+    for case in (forward, gradients):
         assert [row.name for row in case.rows] == ["xla", "cudnn"]
         assert [(goal.row, goal.against) for goal in case.goals] == [("xla", "cudnn")]
 

@@ -29,7 +29,6 @@ from jaxtyping import Array, Bool, Float
 from xattn.config import UsageError
 from xattn.layers.cross_attention import CrossAttention, Projection
 from xattn.layers.transformer import layer_norm
-from xattn.ops.activations import gelu
 
 
 def fan_in_normal(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -79,7 +78,7 @@ class Mlp(nn.Module):
         lecun = nn.initializers.lecun_normal()
         common: dict[str, Any] = dict(variant=self.variant, init=lecun, dtype=self.dtype)
         x = dense(self.widening_factor * width, axes=("embed", "mlp"), name="dense1", **common)(x)
-        x = gelu(x, approximate=self.variant == "deepmind")
+        x = nn.gelu(x, approximate=self.variant == "deepmind")
         x = dense(width, axes=("mlp", "embed"), name="dense2", **common)(x)
         return _drop(self, x, deterministic)
 

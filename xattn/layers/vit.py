@@ -20,7 +20,6 @@ from xattn.config import UsageError
 from xattn.layers.convolution import CONV_AXES
 from xattn.layers.cross_attention import CrossAttention, Projection
 from xattn.layers.transformer import uniform
-from xattn.ops.activations import gelu
 from xattn.ops.resize import bicubic_resize
 
 INIT = nn.initializers.normal(0.02)
@@ -75,7 +74,7 @@ class Mlp(nn.Module):
         drop = nn.Dropout(self.dropout_rate, deterministic=deterministic)
         width = x.shape[-1]
         x = dense(round(self.mlp_ratio * width), "fc1", ("embed", "mlp"), self.dtype)(x)
-        x = drop(gelu(x, approximate=False))
+        x = drop(nn.gelu(x, approximate=False))
         return drop(dense(width, "fc2", ("mlp", "embed"), self.dtype)(x))
 
 

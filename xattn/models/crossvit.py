@@ -56,7 +56,6 @@ from xattn.layers.vit import (
     layer_norm,
     resize_tokens,
 )
-from xattn.ops.activations import gelu
 from xattn.ops.resize import bicubic_resize
 
 TOKENS = ("batch", "length", "act_embed")
@@ -72,7 +71,7 @@ class Map(nn.Module):
     def __call__(self, x: Float[Array, "B N Cin"]) -> Float[Array, "B N C"]:
         # Where branches meet, gradients would else be split by the channels of the kernels that they come through.
         x = nn.with_logical_constraint(x, TOKENS)
-        x = gelu(layer_norm("norm", self.dtype)(x), approximate=False)
+        x = nn.gelu(layer_norm("norm", self.dtype)(x), approximate=False)
         return nn.with_logical_constraint(dense(self.features, "dense", dtype=self.dtype)(x), TOKENS)
 
 
