@@ -3,7 +3,8 @@
 Attention blocks time the whole score matrix ("xla") beside chunks of keys of several sizes, layer blocks the absorbed
 projections beside projected keys and values, forward and with gradients. On an accelerator there are attention blocks
 alone, of the fused kernel beside the whole score matrix, several times in one program as in a model. The goal of each
-block is that what `dot_product_attention` and `CrossAttention` choose takes at most `LOSS` times as long as the fastest.
+block is that what `dot_product_attention` and `CrossAttention` choose takes at most `LOSS` times as long as the
+fastest.
 """
 
 from collections.abc import Callable
