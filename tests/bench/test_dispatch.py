@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from xattn.bench import Request, dispatch
+from xattn.bench import Request, dispatch, peers
 from xattn.bench.dispatch import Attention, Layer
 from xattn.bench.measure import run_case
 from xattn.ops.attention import dot_product_attention
@@ -62,9 +62,15 @@ def test_on_an_accelerator_the_fused_kernel_stands_beside_the_choice(monkeypatch
     assert [row.name for row in dispatch.cases(request, attention=sizes)[0].rows] == ["xla"]
     monkeypatch.setattr(dispatch, "pick", lambda *arrays, fused=False: "cudnn" if fused else "xla")
     forward, gradients = dispatch.cases(request, attention=sizes)
+    # Each time queries, keys and values are rolled, and so are the output and the gradients, if that of it were too.
     out = np.asarray(forward.rows[0].make().run(), np.float32)
-    assert out.shape == (dispatch.REPEATS, 1, 64, 2, 8)  # once for each of some queries, which are all the same, rolled
+    assert out.shape == (dispatch.REPEATS, 1, 64, 2, 8)
     np.testing.assert_allclose(out[1], np.roll(out[0], 1, axis=1), atol=2e-2)
+    plain = [peers.normal(1, 64, 2, 8, seed=seed) for seed in (0, 1, 2)]
+    towards = peers.normal(1, 64, 2, 8, seed=9)
+    wanted = jax.vjp(dot_product_attention, *(np.roll(x, 3, axis=1) for x in plain))[1](towards)
+    for got, expected in zip(gradients.rows[0].make().run(), wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(got[3], np.float32), expected, atol=0.05)
     for case in (forward, gradients):
         assert [row.name for row in case.rows] == ["xla", "cudnn"]
         assert [(goal.row, goal.against) for goal in case.goals] == [("xla", "cudnn")]

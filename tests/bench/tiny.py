@@ -17,7 +17,7 @@ SIZES = {
         },
     },
     "W3": {"name": "crossvit_tiny_240", "batch": 1},
-    "W4": {"candidates": 2, "text": 3, "image": 5, "width": 8, "num_heads": 2, "num_layers": 2},
+    "W4": {"candidates": 10, "text": 3, "image": 5, "width": 8, "num_heads": 2, "num_layers": 2},
     "W5": {"ways": 2, "queries": 2, "side": 16, "widths": (4, 4, 4, 8), "qsformer": False},
     "W6": {"queries": 16, "keys": 64, "num_heads": 2, "width": 4},
     "W7a": {"images": 2, "seconds": 0.0, "batch_size": 2, "size": 16},

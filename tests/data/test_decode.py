@@ -45,7 +45,7 @@ def test_crops_are_close_to_pillows(size, options):
     data = saved(smooth(), **options)
     for seed in range(12):
         box = draw_crop(200, 150, np.random.default_rng(seed))
-        fast = fast_crop(data, lambda width, height, box=box: (box, (width, height) != (200, 150)), size)
+        fast = fast_crop(data, lambda *sides, box=box: (box, False) if sides == (200, 150) else None, size)
         error = np.abs(fast - with_pillow(data, whole_pixels(box, dct_eighths(box, size)), size))
         assert fast.dtype == np.uint8 and error.mean() < 2.5 and np.percentile(error, 99) < 12, (box, error.mean())
 

@@ -46,6 +46,13 @@ def test_timm_scales_the_shorter_side_and_takes_the_centre(height, width, size, 
     np.testing.assert_array_equal(transform.evaluate(image, size), expected)
 
 
+@pytest.mark.parametrize("size", [16, 61])
+def test_mirrored_before_or_after_scaling_pixels_are_the_same(size):
+    part, flip = noise(30, 50), Image.Transpose.FLIP_LEFT_RIGHT
+    after = part.resize((size, size), BICUBIC).transpose(flip)
+    np.testing.assert_array_equal(part.transpose(flip).resize((size, size), BICUBIC), after)
+
+
 def test_perceiver_augments_before_scaling_and_timm_after():
     part = noise(30, 50)
     for seed in range(10):

@@ -24,7 +24,7 @@ from xattn.ops.products import einsum
 
 LOSS = 1.05
 REPEATS = 8
-"""Times that a program on an accelerator does the same with other queries: a program of one would be all launch."""
+"""Times that a program on an accelerator does the same with other arrays: a program of one would be all launch."""
 
 
 class Attention(NamedTuple):
@@ -142,12 +142,12 @@ def _blocks(
     towards, arrays = array(peers.normal(*arguments[0].shape, seed=9)), [array(x) for x in arguments]
     repeats = REPEATS if request.mode == "device" else 1
     if repeats > 1:
-        arrays[0] = jnp.stack([jnp.roll(arrays[0], shift, axis=1) for shift in range(repeats)])
+        arrays = [jnp.stack([jnp.roll(x, shift, axis=1) for shift in range(repeats)]) for x in arrays]
 
     def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
         if repeats == 1:
             return function
-        return lambda queries, *others: jax.lax.map(lambda query: function(query, *others), queries)
+        return lambda *stacks: jax.lax.map(lambda arrays: function(*arrays), stacks)
 
     def gradients(way: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays: jax.grad(lambda *xs: jnp.vdot(way(*xs), towards), range(len(arrays)))(*arrays)

@@ -4,7 +4,8 @@
     cross-only   32 text tokens that ask the image's 196, whose keys and values of each layer were made before
 
 Ours and the peers run the same weights: joint agrees with joint, and cross-only with cross-only. On CPUs ours score a
-few candidates at a time, so that what a layer makes of them stays in the cache; torch gains nothing by it.
+few candidates at a time, so that what a layer makes of them stays in the cache; the others score all at once, which is
+no slower for torch.
 """
 
 import math
@@ -22,7 +23,8 @@ from xattn.layers.transformer import layer_norm
 from xattn.layers.vit import Block, Mlp
 
 AT_A_TIME = {"joint": 5, "cross-only": 25}
-"""Candidates that are scored together on a CPU: their tokens in a layer, 1140 and 800, of 1536 channels in the MLP."""
+"""Candidates that are scored together on a CPU, or the largest common divisor with all: 1140 and 800 tokens, of 1536
+channels in the MLP."""
 
 
 class Joint(nn.Module):

@@ -64,8 +64,8 @@ def fast_crop(data: bytes, draw: Callable[[int, int], tuple[Box, bool]], size: i
             pass
     with Image.open(io.BytesIO(data)) as image:
         box, mirrored = drawn or draw(*image.size)
-        part = mirror(image.convert("RGB").crop(box), mirrored)
-        return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+        part = image.convert("RGB").crop(box).resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(mirror(part, mirrored))
 
 
 def mirror(image: Image.Image, mirrored: bool) -> Image.Image:

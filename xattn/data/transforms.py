@@ -7,13 +7,13 @@ use in their code. Labelled images choose one of these by its name, for training
       training     a random part, mirrored half of the time, RandAugment, then scaled (bicubic)
       evaluation   `eval_crop`
     timm           (timm 1.0: what DeiT, arXiv 2012.12877, and CrossViT, 2103.14899, train and evaluate with)
-      training     a random part, scaled (bicubic), mirrored half of the time, then timm's RandAugment
+      training     a random part, mirrored half of the time, scaled (bicubic), then timm's RandAugment
       evaluation   the shorter side scaled (bicubic) to floor(S / crop_fraction), then the central square
 
 Deviations: DeepMind's code scales without a low-pass filter and in float32, where values go beyond 0..255; Pillow
 filters when it makes an image smaller and gives uint8. timm draws how a part is scaled, bilinear or bicubic, unless it
-is told; here it is bicubic, as DeiT and CrossViT tell it. A part that was scaled when it was decoded (decoder="fast")
-comes to Perceiver IO's RandAugment after scaling, not before.
+is told; here it is bicubic, as DeiT and CrossViT tell it. It mirrors after scaling, which gives the same pixels. A part
+that was scaled when it was decoded (decoder="fast") comes to Perceiver IO's RandAugment after scaling, not before.
 """
 
 import math
@@ -89,8 +89,9 @@ class ImageTransform(Protocol):
     """What a source of labelled images does to an image of any size.
 
     Training cuts out `draw_crop(width, height, rng, scale)`, mirrors this part half of the time and gives it to
-    `train`. A part that was scaled when it was decoded comes with size x size pixels already, and only if there is
-    something to do: `num_layers` operations. Evaluation gives the whole image to `evaluate`.
+    `train`, which scales it and applies `num_layers` random operations. A part that was scaled when it was decoded
+    comes with size x size pixels already, and without layers is not given to `train`. Evaluation gives the whole image
+    to `evaluate`.
     """
 
     scale: tuple[float, float]

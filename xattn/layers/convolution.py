@@ -20,7 +20,7 @@ GROUP = 8
 """Images whose part of a kernel's gradient is computed together on a CPU: of all of an episode's 80 at once, XLA's CPU
 backend makes a program that takes up to 4 times as long."""
 GROUPS = 16
-"""Parts at most: each is compiled by itself."""
+"""Groups at most, of either kind: each is compiled by itself."""
 LARGE = 2**30
 """Multiply-adds of a convolution from which on that is done: of smaller ones it would spare milliseconds."""
 CACHE = 2**25
@@ -69,8 +69,8 @@ def conv_general_dilated(
 def in_groups(encode: Callable[[Float[Array, "B H W C"]], Any], images: Float[Array, "*B H W C"], features: int) -> Any:
     """`encode(images)` of an encoder that looks at each image by itself, in groups of images where that is faster.
 
-    That is on a single CPU, where a map of all images, as large as they are with this many `features`, is larger than
-    `CACHE`. Outputs are arrays [*B, ...].
+    That is on a single CPU, where a float32 map of all images, as large as they are with this many `features`, is
+    larger than `CACHE`: then in the fewest groups for which it is not, or `GROUPS`. Outputs are arrays [*B, ...].
     """
     *batch, height, width, channels = images.shape
     count = math.prod(batch)
@@ -84,6 +84,7 @@ def in_groups(encode: Callable[[Float[Array, "B H W C"]], Any], images: Float[Ar
 
 
 def _on_one_cpu() -> bool:
+    """Whether the program is for CPUs and no mesh splits the images."""
     split = jax.sharding.get_abstract_mesh()
     return jax.default_backend() == "cpu" and (split.empty or split.size == 1)
 

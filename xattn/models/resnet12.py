@@ -53,8 +53,9 @@ class ResNet12(nn.Module):
                 maps.append(x)
             return tuple(maps)
 
-        # In training, BatchNorm makes an image's features depend on all others.
-        return encode(images) if train else in_groups(encode, images, self.widths[0])
+        # In training, BatchNorm makes an image's features depend on all others. What is looked at stays in one piece.
+        whole = train or self.is_initializing() or self.is_mutable_collection("intermediates")
+        return encode(images) if whole else in_groups(encode, images, self.widths[0])
 
 
 class ResidualStage(nn.Module):

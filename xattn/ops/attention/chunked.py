@@ -26,7 +26,9 @@ Prepare = Callable[..., tuple[jax.Array, jax.Array]]
 KEY_CHUNK = 256
 """Up to so many keys are one block."""
 CACHED_BYTES = 2**22
-"""Half as many keys are a block if their float32 scores then take no more (measured: a CPU's caches hold them)."""
+"""Half as many keys are a block if their float32 scores then take no more (measured: a CPU's caches hold them)..."""
+STEP_BYTES = 2**19
+"""... and no less: a loop's step has its price too."""
 BLOCK_BYTES = 2**26
 """What the scores of a block take at most; on a GPU also at least: each block costs 23 us there (an H200)."""
 GPU_CHUNK = 2**15
@@ -143,7 +145,7 @@ def block_size(
         key_chunk_size, half = KEY_CHUNK, KEY_CHUNK // 2
         if jax.default_backend() == "gpu":
             key_chunk_size = min(max(KEY_CHUNK, BLOCK_BYTES // key_bytes // half * half), GPU_CHUNK)
-        elif num_keys > KEY_CHUNK and half * key_bytes <= CACHED_BYTES:
+        elif num_keys > KEY_CHUNK and STEP_BYTES <= half * key_bytes <= CACHED_BYTES:
             key_chunk_size = half
     key_chunk = max(1, min(key_chunk_size, num_keys))
     if query_chunk_size is None:
