@@ -9,7 +9,7 @@ import pytest
 
 from tests.bench.tiny import SIZES
 from xattn.bench import Request
-from xattn.bench.runner import MALLOC, environment, exit_code, main, run, table
+from xattn.bench.runner import MALLOC, environment, exit_code, main, middle, run, table
 from xattn.cli import main as xattn
 from xattn.config import UsageError
 
@@ -101,6 +101,25 @@ def test_a_child_that_dies_leaves_the_others(monkeypatch, tmp_path, capsys):
     found = run(Request(""), ["W1", "W2"], tmp_path / "out.json")
     assert [block["id"] for block in found["workloads"]] == ["W1", "W2"]
     assert "W1: its process ended with -9" in capsys.readouterr().out
+
+
+def test_of_several_runs_the_medians_count():
+    def run(ms, value, verdict, status="ok"):
+        row = {"name": "ours", "status": status} | ({"med_ms": ms, "rounds": 5} if status == "ok" else {})
+        goal = {"row": "ours", "vs": "other", "metric": "time", "max": 1.05, "value": value, "verdict": verdict}
+        return [{"id": "dispatch", "title": "block", "rows": [row], "goals": [goal]}]
+
+    (block,) = middle([run(3.0, 1.2, "fail"), run(1.0, 1.0, "pass"), run(2.0, 1.04, "noisy")])
+    assert block["runs"] == 3 and block["rows"][0]["med_ms"] == 2.0 and block["rows"][0]["name"] == "ours"
+    assert (block["goals"][0]["value"], block["goals"][0]["verdict"]) == (1.04, "pass")
+    (block,) = middle([run(3.0, 1.2, "fail"), run(1.0, 1.06, "noisy"), run(2.0, 1.04, "noisy")])
+    assert (block["goals"][0]["value"], block["goals"][0]["verdict"]) == (1.06, "noisy")
+    (block,) = middle([run(3.0, 1.2, "fail"), run(1.0, 1.06, "fail"), run(2.0, 1.04, "pass")])
+    assert block["goals"][0]["verdict"] == "fail"
+    (block,) = middle([run(3.0, 1.0, "pass"), run(1.0, None, "fail", "mismatch"), run(2.0, 1.0, "pass")])
+    assert block["rows"][0]["status"] == "mismatch" and block["goals"][0]["verdict"] == "fail"
+    alone = run(3.0, 1.2, "fail")
+    assert middle([alone]) == alone
 
 
 def test_the_table_has_ours_first_and_goals_under_their_rows():

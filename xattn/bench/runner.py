@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,9 @@ SCHEMA = "xattn.bench/1"
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 """glibc maps every array above 32 MB anew and faults it in page by page; with these it keeps what was freed."""
 
+RUNS = {"dispatch": 3}
+"""Processes of a workload, one after the other, instead of one: neighbours that differ by a few percent change places
+with the addresses of arrays and with what else a shared machine does for minutes."""
 
 DEVICE_CEILINGS = {"side": 8192, "megabytes": 4096, "chain": 64, "copies": True}
 """Keywords of `xattn.bench.roofline.measure` on an accelerator, where a call takes as long as much arithmetic."""
@@ -154,7 +158,7 @@ def run(
                 request, workload=workload, roofline=first["roofline"], sizes=sizes.get(workload, {})
             )
             try:
-                blocks = _child("measure", asked.to_json(), asked)
+                blocks = middle([_child("measure", asked.to_json(), asked) for _ in range(RUNS.get(workload, 1))])
             except subprocess.CalledProcessError as error:
                 blocks = [{"id": workload, "error": f"its process ended with {error.returncode}"}]
             for block in blocks:
@@ -163,6 +167,39 @@ def run(
             if path:
                 write_atomically(path, json.dumps(report, indent=1))
     return report
+
+
+def middle(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The blocks of several runs of a workload as those of one: medians of what they measured, and verdicts on them.
+
+    A row that failed in a run has failed, and a goal is noisy if it was so in most runs.
+    """
+    return [_middle(blocks) for blocks in zip(*runs, strict=True)]
+
+
+def _middle(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(blocks) == 1:
+        return blocks[0]
+    rows, goals = [], []
+    for same in zip(*(block["rows"] for block in blocks), strict=True):
+        failed = [row for row in same if row["status"] != "ok"]
+        rows.append(failed[0] if failed else {key: _median([row[key] for row in same]) for key in same[0]})
+    for same in zip(*(block["goals"] for block in blocks), strict=True):
+        verdicts, value = [goal["verdict"] for goal in same], _median([goal["value"] for goal in same])
+        if value is None:
+            verdict = "fail" if "fail" in verdicts else "n/a"
+        else:
+            verdict = "pass" if value <= same[0]["max"] else "fail"
+        noisy = 2 * verdicts.count("noisy") > len(same)
+        goals.append(same[0] | {"value": value, "verdict": "noisy" if noisy else verdict})
+    return blocks[0] | {"rows": rows, "goals": goals, "runs": len(blocks)}
+
+
+def _median(values: Sequence[Any]) -> Any:
+    """Of numbers; else what the first run has, but None if any has none."""
+    if None in values:
+        return None
+    return statistics.median(values) if isinstance(values[0], int | float) else values[0]
 
 
 def _child(module: str, argument: str, request: Request) -> Any:
@@ -199,7 +236,10 @@ def table(block: Mapping[str, Any], mode: str) -> str:
     times = [row for row in block["rows"] if "med_ms" in row]
     work = f"{block['flops'] / 1e9:.2f} GFLOP  " if block["flops"] else ""
     floor = f"floor {block['floor_ms']:.3g} ms  " if block["floor_ms"] else ""
-    rounds = f"{mode}, {times[0]['rounds']} rounds, foreign {100 * times[0]['foreign_load']:.0f} %" if times else mode
+    runs = f"{block['runs']} runs of " if "runs" in block else ""
+    rounds = (
+        f"{mode}, {runs}{times[0]['rounds']} rounds, foreign {100 * times[0]['foreign_load']:.0f} %" if times else mode
+    )
     counted = any("sent_mb" in row for row in block["rows"])
     titles = f"{'name':<30}{'kind':<11}"
     if counted:
