@@ -61,11 +61,11 @@ def test_groups_of_images_change_nothing_and_in_training_there_are_none(monkeypa
 
     whole = {train: run(train)(variables, images) for train in (False, True)}
     lengths = {train: len(run(train).lower(variables, images).as_text()) for train in (False, True)}
-    monkeypatch.setattr(convolution, "CACHE", 1)
+    monkeypatch.setattr(convolution, "CACHE", 4 * 6 * 16 * 16 * 3 // 2)  # two groups
     for train in (False, True):
         got = run(train)(variables, images)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, whole[train])
-    assert len(run(False).lower(variables, images).as_text()) > 2 * lengths[False]
+    assert len(run(False).lower(variables, images).as_text()) > 1.5 * lengths[False]
     assert len(run(True).lower(variables, images).as_text()) == lengths[True]
 
 
