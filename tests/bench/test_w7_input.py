@@ -28,8 +28,23 @@ def test_every_way_reads_the_same_images(tmp_path, num_layers):
         assert sorted(batch["label"].tolist()) == list(range(6)), way
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_a_sample_has_as_many_batches_of_every_thread(cores):
+    taken = []
+
+    def stream():
+        while True:
+            taken.append(0)
+            yield {"label": np.zeros(5)}
+
+    image_seconds(stream, 0.0, cores)
+    assert len(taken) == 3 * cores  # two of each to warm up
+    image_seconds(stream, 0.01, cores)
+    assert len(taken) % cores == 0
+
+
 def test_a_sample_ends_its_threads(tmp_path):
     write_images(tmp_path, 4)
-    wall, cpu = image_seconds(streams(tmp_path, 0, cores=2, batch_size=2, size=16)["xattn fast"], 0.0, warm_up=1)
+    wall, cpu = image_seconds(streams(tmp_path, 0, cores=2, batch_size=2, size=16)["xattn fast"], 0.0, cores=2)
     assert wall > 0 and cpu >= 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
