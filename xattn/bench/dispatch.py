@@ -1,10 +1,10 @@
 """Whether what is chosen by sizes is the fastest: each choice beside its neighbours, on both sides of each boundary.
 
-Attention blocks time the whole score matrix ("xla") beside chunks of keys of several sizes, layer blocks the absorbed
-projections beside projected keys and values, forward and with gradients. On an accelerator there are attention blocks
-alone, of the fused kernel beside the whole score matrix, several times in one program as in a model. The goal of each
-block is that what `dot_product_attention` and `CrossAttention` choose takes at most `LOSS` times as long as the
-fastest.
+Attention blocks time the whole score matrix ("xla") beside chunks of keys of several sizes ("chunked" has those that
+are chosen for each pass), layer blocks the absorbed projections beside projected keys and values, forward and with
+gradients. On an accelerator there are attention blocks alone, of the fused kernel beside the whole score matrix,
+several times in one program as in a model. The goal of each block is that what `dot_product_attention` and
+`CrossAttention` choose takes at most `LOSS` times as long as the fastest.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,6 @@ from xattn.bench.measure import Case, Program, Row, jitted
 from xattn.ops.attention import dot_product_attention
 from xattn.ops.attention.absorbed import Affine, absorbed_attention, absorbing_pays
 from xattn.ops.attention.api import pick
-from xattn.ops.attention.chunked import block_size
 from xattn.ops.products import einsum
 
 LOSS = 1.05
@@ -115,7 +114,7 @@ def _attention(request: Request, sizes: Attention) -> tuple[str, str, dict[str, 
     ways: dict[str, Callable[..., Any]] = {"xla": lambda *qkv: dot_product_attention(*qkv, implementation="xla")}
     ways |= {f"chunked {size}": chunked(size) for size in sorted({min(m, size) for size in (128, 256, 512)})}
     if (chosen := pick(*qkv)) == "chunked":
-        chosen = f"chunked {block_size(qkv[0].shape, m, None, None)[1]}"
+        ways = {"chunked": dot_product_attention} | ways
     return f"attention {n} <- {m}, B{b} H{h} D{d}", chosen, ways, qkv
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.ops.attention import IMPLEMENTATIONS, Mask, attention_weights, dot_product_attention
+from tests.variables import normal
+from xattn.ops.attention import IMPLEMENTATIONS, Mask, attention_weights, chunked, dot_product_attention
 from xattn.ops.attention.chunked import block_size
 from xattn.parallel.mesh import make_mesh
 
@@ -364,25 +365,45 @@ def chosen(monkeypatch, query, key, value, **options):
 @pytest.mark.parametrize(
     ("backend", "query", "keys", "asked", "wanted"),
     [
-        ("cpu", (1, 512, 8, 64), 1024, (None, None), (512, 128)),
-        ("cpu", (1, 1024, 8, 64), 1024, (None, None), (1024, 128)),  # 4 MiB of scores
-        ("cpu", (1, 1025, 8, 64), 1024, (None, None), (1025, 256)),
-        ("cpu", (1, 512, 8, 64), 256, (None, None), (512, 256)),  # one block
-        ("cpu", (1, 512, 8, 64), 77, (None, None), (512, 77)),
-        ("cpu", (4, 50176, 8, 64), 1024, (None, None), (2048, 256)),  # 64 MiB
-        ("cpu", (1, 2048, 8, 64), 1024, (128, None), (128, 128)),  # 512 KiB
-        ("cpu", (1, 2048, 8, 64), 1024, (127, None), (127, 256)),
-        ("cpu", (1, 512, 1, 64), 50176, (None, None), (512, 256)),
-        ("gpu", (1, 512, 1, 261), 50176, (None, None), (512, 32768)),
-        ("gpu", (1, 512, 8, 64), 50176, (None, None), (512, 4096)),
-        ("gpu", (4, 8192, 16, 64), 8192, (None, None), (1024, 256)),
-        ("gpu", (1, 1, 1, 64), 2**20, (None, None), (1, 32768)),
-        ("gpu", (1, 512, 8, 64), 50176, (None, 100), (512, 100)),
+        ("cpu", (1, 512, 8, 64), 1024, (None, None), (512, 128, 128)),
+        ("cpu", (1, 1024, 8, 64), 1024, (None, None), (1024, 128, 128)),  # 4 MiB of scores
+        ("cpu", (1, 1025, 8, 64), 1024, (None, None), (1025, 256, 256)),
+        ("cpu", (1, 512, 8, 64), 256, (None, None), (512, 256, 256)),  # one block
+        ("cpu", (1, 512, 8, 64), 77, (None, None), (512, 77, 77)),
+        ("cpu", (4, 50176, 8, 64), 1024, (None, None), (2048, 256, 256)),  # 64 MiB
+        ("cpu", (1, 2048, 8, 64), 1024, (128, None), (128, 256, 128)),  # 512 KiB
+        ("cpu", (1, 2048, 8, 64), 1024, (127, None), (127, 256, 256)),
+        ("cpu", (1, 512, 1, 64), 50176, (None, None), (512, 512, 256)),  # 1 MiB of scores, 256 KiB of keys and values
+        ("cpu", (1, 128, 1, 64), 50176, (None, None), (128, 2048, 256)),
+        ("cpu", (1, 128, 1, 64), 2047, (None, None), (128, 1024, 256)),
+        ("cpu", (1, 128, 1, 64), 50176, (None, 100), (128, 100, 100)),
+        ("cpu", (4, 32, 8, 64), 16384, (None, None), (32, 128, 128)),
+        ("gpu", (1, 512, 1, 261), 50176, (None, None), (512, 32768, 32768)),
+        ("gpu", (1, 512, 8, 64), 50176, (None, None), (512, 4096, 4096)),
+        ("gpu", (4, 8192, 16, 64), 8192, (None, None), (1024, 256, 256)),
+        ("gpu", (1, 1, 1, 64), 2**20, (None, None), (1, 32768, 32768)),
+        ("gpu", (1, 512, 8, 64), 50176, (None, 100), (512, 100, 100)),
     ],
 )
 def test_blocks_are_as_large_as_the_device_wants_them(monkeypatch, backend, query, keys, asked, wanted):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert block_size(query, keys, *asked) == wanted
+    batch, _, heads, width = query
+    query, key = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (query, (batch, keys, heads, width)))
+    assert block_size(query, key, key, *asked) == wanted
+
+
+def test_the_passes_may_have_blocks_of_different_sizes(monkeypatch):
+    query, key, value, towards = (normal(2, length, 2, 8, seed=seed) for seed, length in enumerate((5, 23, 23, 5)))
+    monkeypatch.setattr(chunked, "KEY_CHUNK", 4)
+    monkeypatch.setattr(chunked, "FORWARD_BYTES", 8 * 4 * 2 * 2 * (5 + 8 + 8))  # eight keys, values and scores
+    assert block_size(query, key, value, None, None) == (5, 8, 4)
+    (out, pull), (expected, expected_pull) = (
+        jax.vjp(functools.partial(dot_product_attention, implementation=name), query, key, value)
+        for name in ("chunked", "reference")
+    )
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    for ours, wanted in zip(pull(towards), expected_pull(towards), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ CACHED_BYTES = 2**22
 """Half as many keys are a block if their float32 scores then take no more (measured: a CPU's caches hold them)..."""
 STEP_BYTES = 2**19
 """... and no less: a loop's step has its price too."""
+FORWARD_BYTES = 2**21
+"""A forward pass takes more keys at a time, as long as they, their values and their scores take no more (measured)."""
 BLOCK_BYTES = 2**26
 """What the scores of a block take at most; on a GPU also at least: each block costs 23 us there (an H200)."""
 GPU_CHUNK = 2**15
@@ -60,6 +62,7 @@ class Settings(NamedTuple):
 
     query_chunk: int
     key_chunk: int
+    backward_key_chunk: int
     logits_soft_cap: float | None
     dropout_rate: float
     prepare: Prepare
@@ -111,9 +114,10 @@ def attend_prepared(
     """Attention over keys and values that are made from `inputs` a chunk at a time.
 
     A block is query_chunk_size x key_chunk_size scores for every batch entry and head. Left out, a block has 128 keys
-    if that keeps the float32 scores of its queries within 4 MiB, otherwise 256; on a GPU as many as keep them within
-    64 MiB, 256 to 32768; all, if they are 256 or fewer. It has as many queries as keep it within 64 MiB, at least 128.
-    Differentiable in reverse mode only.
+    if that keeps the float32 scores of its queries within 4 MiB, otherwise 256, and in the forward pass twice as many
+    until keys, values and scores take 2 MiB; on a GPU as many as keep the scores within 64 MiB, 256 to 32768; all, if
+    they are 256 or fewer. It has as many queries as keep it within 64 MiB, at least 128. Differentiable in reverse
+    mode only.
 
     Args:
       query: as in `dot_product_attention`, like all options.
@@ -121,36 +125,44 @@ def attend_prepared(
       prepare: makes the keys and values of a chunk, in each pass anew.
     """
     *batch, num_queries, num_heads, _ = query.shape
-    num_keys = inputs[0].shape[len(batch)]
-    _, value = jax.eval_shape(prepare, *inputs)
-    sizes = block_size(query.shape, num_keys, query_chunk_size, key_chunk_size)
+    key, value = jax.eval_shape(prepare, *inputs)
+    sizes = block_size(query, key, value, query_chunk_size, key_chunk_size)
     settings = Settings(*sizes, logits_soft_cap, dropout_rate, prepare, value.dtype)
     scale = jnp.asarray(scale, jnp.promote_types(query.dtype, jnp.float32))
     drops = None
     if dropout_rate:
         rows = dropout.row_keys(dropout_rng, (*batch, num_heads, num_queries))
-        drops = Drops(rows, jnp.arange(num_keys))
+        drops = Drops(rows, jnp.arange(key.shape[-3]))
     bias = None if bias is None else jnp.atleast_2d(bias)
     return attend_in_blocks(settings, query, inputs, scale, bias, mask, drops)
 
 
 def block_size(
-    query_shape: tuple[int, ...], num_keys: int, query_chunk_size: int | None, key_chunk_size: int | None
-) -> tuple[int, int]:
-    """Queries and keys in a block: those that are asked for, or the defaults of `attend_prepared`."""
-    *batch, num_queries, num_heads, _ = query_shape
+    query: Any, key: Any, value: Any, query_chunk_size: int | None, key_chunk_size: int | None
+) -> tuple[int, int, int]:
+    """Queries, keys and, in the backward pass, keys of a block: those asked for, or the defaults of `attend_prepared`.
+
+    Only the shapes matter of query [*B, N, H, D], key [*B, M, G, D] and value [*B, M, G, Dv].
+    """
+    *batch, num_queries, num_heads, _ = query.shape
+    num_keys, groups = key.shape[-3:-1]
     row_bytes = 4 * max(1, math.prod(batch) * num_heads)
+    forward = None
     if key_chunk_size is None:
         key_bytes = row_bytes * max(1, min(query_chunk_size or num_queries, num_queries))
         key_chunk_size, half = KEY_CHUNK, KEY_CHUNK // 2
         if jax.default_backend() == "gpu":
             key_chunk_size = min(max(KEY_CHUNK, BLOCK_BYTES // key_bytes // half * half), GPU_CHUNK)
-        elif num_keys > KEY_CHUNK and STEP_BYTES <= half * key_bytes <= CACHED_BYTES:
-            key_chunk_size = half
+        elif num_keys > KEY_CHUNK:
+            key_chunk_size = half if STEP_BYTES <= half * key_bytes <= CACHED_BYTES else KEY_CHUNK
+            key_bytes += 4 * math.prod(batch) * groups * (key.shape[-1] + value.shape[-1])
+            forward = key_chunk_size
+            while 2 * forward <= num_keys and 2 * forward * key_bytes <= FORWARD_BYTES:
+                forward *= 2
     key_chunk = max(1, min(key_chunk_size, num_keys))
     if query_chunk_size is None:
         query_chunk_size = max(128, BLOCK_BYTES // (row_bytes * key_chunk))
-    return min(query_chunk_size, num_queries), key_chunk
+    return min(query_chunk_size, num_queries), forward or key_chunk, key_chunk
 
 
 def _chunks(length: int, size: int, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
@@ -222,9 +234,9 @@ def _block(bias: Any, mask: Mask, drops: Drops | None, n: Any, height: int, m: A
     )
 
 
-def _forward(settings: Settings, *inputs: Any) -> tuple[Any, Any]:
-    outputs: Any = attend_in_blocks(settings, *inputs)
-    return outputs, (*inputs, *outputs)
+def _forward(settings: Settings, *arguments: Any) -> tuple[Any, Any]:
+    outputs: Any = attend_in_blocks(settings, *arguments)
+    return outputs, (*arguments, *outputs)
 
 
 def _backward(settings: Settings, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
@@ -293,7 +305,8 @@ def gradients_in_blocks(
         jnp.zeros_like(scale),
         None if bias is None else jnp.zeros(bias.shape, lse.dtype),
     )
-    d_query, d_inputs, d_scale, d_bias = _chunks(inputs[0].shape[row_axis], settings.key_chunk, key_chunk, carry)
+    num_keys = inputs[0].shape[row_axis]
+    d_query, d_inputs, d_scale, d_bias = _chunks(num_keys, settings.backward_key_chunk, key_chunk, carry)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
     return d_query, d_inputs, d_scale, d_bias
 

@@ -105,7 +105,7 @@ class _Plan(NamedTuple):
 
     def settings(self, query: Any, key: Any, value: Any) -> chunked.Settings:
         """Those of the blocks in which these queries attend to these keys."""
-        sizes = chunked.block_size(query.shape, key.shape[-3], self.query_chunk_size, self.key_chunk_size)
+        sizes = chunked.block_size(query, key, value, self.query_chunk_size, self.key_chunk_size)
         wide = jnp.promote_types(value.dtype, jnp.float32)
         return chunked.Settings(*sizes, self.logits_soft_cap, self.dropout_rate, _as_they_are, wide)
 
