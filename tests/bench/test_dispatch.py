@@ -22,8 +22,9 @@ def blocks(**sizes):
 @pytest.mark.parametrize(
     ("sizes", "chosen"),
     [
-        ((1, 2048, 2048, 8, 64), "chunked"),
-        ((1, 512, 1024, 8, 64), "chunked"),
+        ((1, 2048, 2048, 8, 64), "chunked 256"),
+        ((1, 512, 1024, 8, 64), "chunked 128"),
+        ((1, 128, 50176, 1, 64), "chunked"),
         ((1, 512, 512, 8, 64), "xla"),
         ((2, 4096, 77, 8, 40), "xla"),
     ],
@@ -48,7 +49,8 @@ def test_what_is_said_to_be_chosen_is_what_runs(sizes):
     forward, _ = blocks(attention=(sizes,))
     b, n, m, h, d = sizes
     qkv = [jax.ShapeDtypeStruct((b, length, h, d), "float32") for length in (n, m, m)]
-    named = {"implementation": forward.goals[0].row}
+    chosen = forward.goals[0].row
+    named = {"key_chunk_size": int(chosen.split()[1])} if " " in chosen else {"implementation": chosen}
     programs = [
         str(jax.make_jaxpr(functools.partial(dot_product_attention, **options))(*qkv)) for options in ({}, named)
     ]

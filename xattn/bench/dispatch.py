@@ -1,8 +1,8 @@
 """Whether what is chosen by sizes is the fastest: each choice beside its neighbours, on both sides of each boundary.
 
-Attention blocks time the whole score matrix ("xla") beside chunks of keys of several sizes ("chunked" has those that
-are chosen for each pass), layer blocks the absorbed projections beside projected keys and values, forward and with
-gradients. On an accelerator there are attention blocks alone, of the fused kernel beside the whole score matrix,
+Attention blocks time the whole score matrix ("xla") beside chunks of keys of several sizes ("chunked": of one size
+forward, of another one backward), layer blocks the absorbed projections beside projected keys and values, forward and
+with gradients. On an accelerator there are attention blocks alone, of the fused kernel beside the whole score matrix,
 several times in one program as in a model. The goal of each block is that what `dot_product_attention` and
 `CrossAttention` choose takes at most `LOSS` times as long as the fastest.
 """
@@ -19,6 +19,7 @@ from xattn.bench.measure import Case, Program, Row, jitted
 from xattn.ops.attention import dot_product_attention
 from xattn.ops.attention.absorbed import Affine, absorbed_attention, absorbing_pays
 from xattn.ops.attention.api import pick
+from xattn.ops.attention.chunked import block_size
 from xattn.ops.products import einsum
 
 LOSS = 1.05
@@ -54,7 +55,8 @@ ATTENTION = (
     Attention(1, 2048, 2048, 8, 64),
     Attention(2, 4096, 77, 8, 40),  # fewer keys than a chunk
     Attention(16, 1024, 256, 8, 32),
-    Attention(1, 512, 50176, 1, 64),
+    Attention(1, 512, 50176, 1, 64),  # larger chunks forward than backward
+    Attention(1, 128, 50176, 1, 64),
     Attention(4, 32, 16384, 8, 64),
 )
 ON_DEVICE = (
@@ -112,9 +114,15 @@ def _attention(request: Request, sizes: Attention) -> tuple[str, str, dict[str, 
         return lambda *qkv: dot_product_attention(*qkv, key_chunk_size=size)
 
     ways: dict[str, Callable[..., Any]] = {"xla": lambda *qkv: dot_product_attention(*qkv, implementation="xla")}
-    ways |= {f"chunked {size}": chunked(size) for size in sorted({min(m, size) for size in (128, 256, 512)})}
-    if (chosen := pick(*qkv)) == "chunked":
-        ways = {"chunked": dot_product_attention} | ways
+    others, chosen = {128, 256, 512}, pick(*qkv)
+    if chosen == "chunked":
+        _, forward, backward = block_size(*qkv, query_chunk_size=None, key_chunk_size=None)
+        if forward == backward:
+            chosen = f"chunked {forward}"
+        else:
+            ways = {"chunked": dot_product_attention} | ways
+            others = others - {forward} | {forward // 2, 2 * forward}
+    ways |= {f"chunked {size}": chunked(size) for size in sorted({min(m, size) for size in others})}
     return f"attention {n} <- {m}, B{b} H{h} D{d}", chosen, ways, qkv
 
 

@@ -1,16 +1,16 @@
 """The operations that RandAugment draws from, on uint8 images: Pillow's, to the last level.
 
-Operations on levels are NumPy's here: Pillow's hold Python's lock, so that threads that read images would wait for each
-other. What moves or mixes pixels is Pillow's own.
+Blends and tables of levels are NumPy's here: `PIL.Image.blend`, and the loops over levels in which Pillow's helpers are
+written, hold Python's lock, so that threads that read images wait for each other. All else is Pillow's own.
 
     blend(a, b, f) = a + f (b - a), clipped to 0..255 and cut to an integer
 
-Deviations: none from Pillow 13 on x86. Where the compiler fuses multiplication and addition, a level may differ by one.
+Deviations: none from Pillow on x86. Where compilers fuse multiplication and addition, blends may differ by one level.
 """
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Colour = tuple[int, int, int]
@@ -20,21 +20,12 @@ _LEVELS = np.arange(256)
 
 def auto_contrast(image: Pixels) -> Pixels:
     """Each channel spread so that its darkest level becomes 0 and its brightest 255."""
-    low, high = (reduce(reduce(image, 0), 0).astype(int)[:, None] for reduce in (np.min, np.max))
-    scale = 255.0 / np.maximum(high - low, 1)
-    spread = np.clip((_LEVELS * scale - low * scale).astype(int), 0, 255)
-    return _by_channel(image, np.where(high > low, spread, _LEVELS))
+    return np.asarray(ImageOps.autocontrast(Image.fromarray(image)))
 
 
 def equalize(image: Pixels) -> Pixels:
     """Each channel mapped so that its levels are about equally frequent."""
-    counts = np.array(Image.fromarray(image).histogram()).reshape(3, 256)
-    tables = []
-    for count in counts:
-        step = (count.sum() - count[np.flatnonzero(count)[-1]]) // 255
-        below = np.cumsum(count) - count
-        tables.append(np.minimum((step // 2 + below) // step, 255) if step else _LEVELS)
-    return _by_channel(image, np.stack(tables))
+    return np.asarray(ImageOps.equalize(Image.fromarray(image)))
 
 
 def invert(image: Pixels) -> Pixels:
@@ -80,9 +71,8 @@ def sharpness(image: Pixels, factor: int | float) -> Pixels:
 
 def affine(image: Pixels, matrix: tuple[int | float, ...], resample: Image.Resampling, fill: Colour) -> Pixels:
     """Pixel (x, y) reads (a x + b y + c, d x + e y + f) of matrix (a, b, c, d, e, f), or `fill` outside."""
-    size = (image.shape[1], image.shape[0])
-    part = Image.fromarray(image).transform(size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
-    return np.asarray(part)
+    whole = Image.fromarray(image)
+    return np.asarray(whole.transform(whole.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill))
 
 
 def rotate(image: Pixels, degrees: int | float, resample: Image.Resampling, fill: Colour) -> Pixels:
@@ -94,15 +84,10 @@ def _look_up(image: Pixels, table: Integer[np.ndarray, "256"]) -> Pixels:
     return np.take(table.astype(np.uint8), image)
 
 
-def _by_channel(image: Pixels, tables: Integer[np.ndarray, "3 256"]) -> Pixels:
-    return np.take(tables.astype(np.uint8), image + np.array([0, 256, 512], np.uint16))
-
-
 def _grey(image: Pixels) -> UInt8[np.ndarray, "H W"]:
-    red, green, blue = (image[..., channel].astype(np.uint32) for channel in range(3))
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)
+    return np.asarray(Image.fromarray(image).convert("L"))
 
 
-def _blend(a: UInt8[np.ndarray, "..."], b: UInt8[np.ndarray, "*S"], factor: int | float) -> UInt8[np.ndarray, "*S"]:
+def _blend(a: UInt8[np.ndarray, "..."], b: UInt8[np.ndarray, "*S"], factor: float) -> UInt8[np.ndarray, "*S"]:
     start = a.astype(np.float32)
     return np.clip(start + np.float32(factor) * (b - start), 0, 255).astype(np.uint8)

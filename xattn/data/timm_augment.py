@@ -59,10 +59,11 @@ class TimmRandAugment:
 
     def __call__(self, image: Pixels, rng: np.random.Generator) -> Pixels:
         """The augmented image, of the same size; `rng` chooses the operations, whether they act, and how strongly."""
-        for operation in rng.integers(len(OPERATIONS), size=self.num_layers):
+        operations = list(OPERATIONS.values())
+        for index in rng.integers(len(operations), size=self.num_layers):
             if rng.random() < 0.5:
                 strength = np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10) / 10
-                image = list(OPERATIONS.values())[operation](image, float(strength) * (1 if rng.random() < 0.5 else -1))
+                image = operations[index](image, float(strength) * (1 if rng.random() < 0.5 else -1))
         return image
 
 

@@ -113,7 +113,9 @@ class PerceiverTransform:
         self.augment = RandAugment(num_layers, magnitude)
 
     def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
-        return _scaled(Image.fromarray(self.augment(np.asarray(part), rng)), size)
+        if self.augment.num_layers:
+            part = Image.fromarray(self.augment(np.asarray(part), rng))
+        return _scaled(part, size)
 
     def evaluate(self, image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
         return eval_crop(image, size)

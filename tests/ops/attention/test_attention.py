@@ -378,6 +378,8 @@ def chosen(monkeypatch, query, key, value, **options):
         ("cpu", (1, 128, 1, 64), 2047, (None, None), (128, 1024, 256)),
         ("cpu", (1, 128, 1, 64), 50176, (None, 100), (128, 100, 100)),
         ("cpu", (4, 32, 8, 64), 16384, (None, None), (32, 128, 128)),
+        ("cpu", (1, 5, 2, 8), 2**20, (None, None), (5, 8192, 256)),
+        ("cpu", (1, 0, 2, 8), 1024, (None, None), (1, 1024, 256)),
         ("gpu", (1, 512, 1, 261), 50176, (None, None), (512, 32768, 32768)),
         ("gpu", (1, 512, 8, 64), 50176, (None, None), (512, 4096, 4096)),
         ("gpu", (4, 8192, 16, 64), 8192, (None, None), (1024, 256, 256)),
@@ -392,17 +394,41 @@ def test_blocks_are_as_large_as_the_device_wants_them(monkeypatch, backend, quer
     assert block_size(query, key, key, *asked) == wanted
 
 
+def test_a_forward_pass_counts_heads_and_widths_of_keys_and_of_values():
+    def forward(groups, width):
+        query, key, value = (
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in ((2, 16, 4, 8), (2, 9000, groups, 8), (2, 9000, groups, width))
+        )
+        return block_size(query, key, value, None, None)[1]
+
+    # Bytes of a key: 512 for its scores, and 8 G (8 + Dv); 2 MiB hold so many of them, in powers of two.
+    assert [forward(1, 8), forward(4, 8), forward(1, 64), forward(4, 64)] == [2048, 2048, 1024, 512]
+
+
 def test_the_passes_may_have_blocks_of_different_sizes(monkeypatch):
     query, key, value, towards = (normal(2, length, 2, 8, seed=seed) for seed, length in enumerate((5, 23, 23, 5)))
     monkeypatch.setattr(chunked, "KEY_CHUNK", 4)
     monkeypatch.setattr(chunked, "FORWARD_BYTES", 8 * 4 * 2 * 2 * (5 + 8 + 8))  # eight keys, values and scores
     assert block_size(query, key, value, None, None) == (5, 8, 4)
-    (out, pull), (expected, expected_pull) = (
-        jax.vjp(functools.partial(dot_product_attention, implementation=name), query, key, value)
-        for name in ("chunked", "reference")
+    seen = []
+
+    def prepare(key, value):
+        seen.append(key.shape[1])
+        return key, value
+
+    options = {"bias": None, "mask": Mask(), "scale": 8**-0.5, "logits_soft_cap": None}
+    options |= {"dropout_rate": 0.0, "dropout_rng": None}
+    out, pull = jax.vjp(lambda *xs: chunked.attend_prepared(xs[0], xs[1:], prepare, **options)[0], query, key, value)
+    assert set(seen) == {23, 8, 7}  # all, for their shapes
+    seen.clear()
+    gradients = pull(towards)
+    assert set(seen) == {4, 3}
+    expected, expected_pull = jax.vjp(
+        functools.partial(dot_product_attention, implementation="reference"), query, key, value
     )
     np.testing.assert_allclose(out, expected, atol=1e-6)
-    for ours, wanted in zip(pull(towards), expected_pull(towards), strict=True):
+    for ours, wanted in zip(gradients, expected_pull(towards), strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 

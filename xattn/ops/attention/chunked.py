@@ -30,7 +30,7 @@ CACHED_BYTES = 2**22
 STEP_BYTES = 2**19
 """... and no less: a loop's step has its price too."""
 FORWARD_BYTES = 2**21
-"""A forward pass takes more keys at a time, as long as they, their values and their scores take no more (measured)."""
+"""A forward pass doubles its keys while they, their values and their scores, as float32, take no more (measured)."""
 BLOCK_BYTES = 2**26
 """What the scores of a block take at most; on a GPU also at least: each block costs 23 us there (an H200)."""
 GPU_CHUNK = 2**15
@@ -61,7 +61,7 @@ class Settings(NamedTuple):
     """What a program is compiled for, besides shapes."""
 
     query_chunk: int
-    key_chunk: int
+    forward_key_chunk: int
     backward_key_chunk: int
     logits_soft_cap: float | None
     dropout_rate: float
@@ -114,10 +114,10 @@ def attend_prepared(
     """Attention over keys and values that are made from `inputs` a chunk at a time.
 
     A block is query_chunk_size x key_chunk_size scores for every batch entry and head. Left out, a block has 128 keys
-    if that keeps the float32 scores of its queries within 4 MiB, otherwise 256, and in the forward pass twice as many
-    until keys, values and scores take 2 MiB; on a GPU as many as keep the scores within 64 MiB, 256 to 32768; all, if
-    they are 256 or fewer. It has as many queries as keep it within 64 MiB, at least 128. Differentiable in reverse
-    mode only.
+    if the float32 scores of its queries then take 512 KiB to 4 MiB, otherwise 256; a forward pass doubles that as long
+    as keys, values and scores take no more than 2 MiB. On a GPU a block has as many keys as keep the scores within
+    64 MiB, 256 to 32768. It has all keys if they are 256 or fewer, and as many queries as keep it within 64 MiB, at
+    least 128. Differentiable in reverse mode only.
 
     Args:
       query: as in `dot_product_attention`, like all options.
@@ -140,29 +140,27 @@ def attend_prepared(
 def block_size(
     query: Any, key: Any, value: Any, query_chunk_size: int | None, key_chunk_size: int | None
 ) -> tuple[int, int, int]:
-    """Queries, keys and, in the backward pass, keys of a block: those asked for, or the defaults of `attend_prepared`.
+    """Queries of a block, and its keys forward and backward: those asked for, or the defaults of `attend_prepared`.
 
     Only the shapes matter of query [*B, N, H, D], key [*B, M, G, D] and value [*B, M, G, Dv].
     """
     *batch, num_queries, num_heads, _ = query.shape
-    num_keys, groups = key.shape[-3:-1]
+    num_keys, groups, width = key.shape[-3:]
     row_bytes = 4 * max(1, math.prod(batch) * num_heads)
-    forward = None
+    forward = backward = key_chunk_size or KEY_CHUNK
     if key_chunk_size is None:
-        key_bytes = row_bytes * max(1, min(query_chunk_size or num_queries, num_queries))
-        key_chunk_size, half = KEY_CHUNK, KEY_CHUNK // 2
+        half, a_key = KEY_CHUNK // 2, row_bytes * max(1, min(query_chunk_size or num_queries, num_queries))
         if jax.default_backend() == "gpu":
-            key_chunk_size = min(max(KEY_CHUNK, BLOCK_BYTES // key_bytes // half * half), GPU_CHUNK)
+            forward = backward = min(max(KEY_CHUNK, BLOCK_BYTES // a_key // half * half), GPU_CHUNK)
         elif num_keys > KEY_CHUNK:
-            key_chunk_size = half if STEP_BYTES <= half * key_bytes <= CACHED_BYTES else KEY_CHUNK
-            key_bytes += 4 * math.prod(batch) * groups * (key.shape[-1] + value.shape[-1])
-            forward = key_chunk_size
-            while 2 * forward <= num_keys and 2 * forward * key_bytes <= FORWARD_BYTES:
+            forward = backward = half if STEP_BYTES <= half * a_key <= CACHED_BYTES else KEY_CHUNK
+            with_rows = a_key + 4 * math.prod(batch) * groups * (width + value.shape[-1])
+            while 2 * forward <= min(num_keys, FORWARD_BYTES // with_rows):
                 forward *= 2
-    key_chunk = max(1, min(key_chunk_size, num_keys))
+    forward, backward = (max(1, min(size, num_keys)) for size in (forward, backward))
     if query_chunk_size is None:
-        query_chunk_size = max(128, BLOCK_BYTES // (row_bytes * key_chunk))
-    return min(query_chunk_size, num_queries), forward or key_chunk, key_chunk
+        query_chunk_size = max(128, BLOCK_BYTES // (row_bytes * forward))
+    return max(1, min(query_chunk_size, num_queries)), forward, backward
 
 
 def _chunks(length: int, size: int, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
@@ -208,7 +206,7 @@ def attend_in_blocks(
             jnp.zeros((*batch, height, num_heads, value.shape[-1]), dtype),
             jnp.full((*batch, num_heads, height), -jnp.inf, dtype),
         )
-        chunk_out, chunk_lse = _chunks(inputs[0].shape[len(batch)], settings.key_chunk, key_chunk, nothing)
+        chunk_out, chunk_lse = _chunks(inputs[0].shape[len(batch)], settings.forward_key_chunk, key_chunk, nothing)
         return _put(out, chunk_out, n, -3), _put(lse, chunk_lse, n, -1)
 
     empty = (
