@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from xattn.data import image_operations as ops
+from xattn.data import image_operations
 
 
 def images():
@@ -34,24 +34,27 @@ def check(ours, pillows, **arguments):
 
 
 def test_levels_are_mapped_as_pillow_maps_them():
-    check(ops.auto_contrast, ImageOps.autocontrast)
-    check(ops.equalize, ImageOps.equalize)
-    check(ops.invert, ImageOps.invert)
+    check(image_operations.auto_contrast, ImageOps.autocontrast)
+    check(image_operations.equalize, ImageOps.equalize)
+    check(image_operations.invert, ImageOps.invert)
     for bits in range(1, 9):
-        check(ops.posterize, ImageOps.posterize, bits=bits)
+        check(image_operations.posterize, ImageOps.posterize, bits=bits)
     for first in (0, 1, 100, 255, 256):
-        check(lambda image, first=first: ops.solarize(image, first), lambda image, t=first: ImageOps.solarize(image, t))
+        check(
+            lambda image, first=first: image_operations.solarize(image, first),
+            lambda image, t=first: ImageOps.solarize(image, t),
+        )
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.55, 1.0, 1.3337, 1.9])
 @pytest.mark.parametrize("name", ["color", "contrast", "brightness", "sharpness"])
 def test_images_are_enhanced_as_pillow_enhances_them(name, factor):
     enhance = getattr(ImageEnhance, name.title())
-    check(lambda image: getattr(ops, name)(image, factor), lambda image: enhance(image).enhance(factor))
+    check(lambda image: getattr(image_operations, name)(image, factor), lambda image: enhance(image).enhance(factor))
 
 
 def test_no_bits_give_black_and_an_amount_stops_at_white():
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)
-    assert not ops.posterize(levels, 0).any()
+    assert not image_operations.posterize(levels, 0).any()
     expected = [*range(200, 256), *[255] * 72, *range(128, 256)]
-    np.testing.assert_array_equal(ops.solarize_add(levels, 200)[0, :, 1], expected)
+    np.testing.assert_array_equal(image_operations.solarize_add(levels, 200)[0, :, 1], expected)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.config import UsageError
-from xattn.data import image_operations as ops
+from xattn.data import image_operations
 from xattn.data.image_operations import Pixels
 
 _GREY = (128, 128, 128)
@@ -55,7 +55,7 @@ class RandAugment:
 
 
 def _affine(image: Pixels, *matrix: int | float) -> Pixels:
-    return ops.affine(image, matrix, Image.Resampling.NEAREST, _GREY)
+    return image_operations.affine(image, matrix, Image.Resampling.NEAREST, _GREY)
 
 
 def _sign(rng: np.random.Generator) -> float:
@@ -71,20 +71,22 @@ def _cutout(image: Pixels, half: int, rng: np.random.Generator) -> Pixels:
 
 # Name: the operation on an image, with strength m in 0..1.
 OPERATIONS = {
-    "auto_contrast": lambda image, m, rng: ops.auto_contrast(image),
-    "equalize": lambda image, m, rng: ops.equalize(image),
-    "invert": lambda image, m, rng: ops.invert(image),
-    "rotate": lambda image, m, rng: ops.rotate(image, _sign(rng) * 30 * m, Image.Resampling.NEAREST, _GREY),
-    "posterize": lambda image, m, rng: ops.posterize(image, max(1, int(4 * m))),
-    "solarize": lambda image, m, rng: ops.solarize(image, int(256 * m)),
-    "color": lambda image, m, rng: ops.color(image, 0.1 + 1.8 * m),
-    "contrast": lambda image, m, rng: ops.contrast(image, 0.1 + 1.8 * m),
-    "brightness": lambda image, m, rng: ops.brightness(image, 0.1 + 1.8 * m),
-    "sharpness": lambda image, m, rng: ops.sharpness(image, 0.1 + 1.8 * m),
+    "auto_contrast": lambda image, m, rng: image_operations.auto_contrast(image),
+    "equalize": lambda image, m, rng: image_operations.equalize(image),
+    "invert": lambda image, m, rng: image_operations.invert(image),
+    "rotate": lambda image, m, rng: image_operations.rotate(
+        image, _sign(rng) * 30 * m, Image.Resampling.NEAREST, _GREY
+    ),
+    "posterize": lambda image, m, rng: image_operations.posterize(image, max(1, int(4 * m))),
+    "solarize": lambda image, m, rng: image_operations.solarize(image, int(256 * m)),
+    "color": lambda image, m, rng: image_operations.color(image, 0.1 + 1.8 * m),
+    "contrast": lambda image, m, rng: image_operations.contrast(image, 0.1 + 1.8 * m),
+    "brightness": lambda image, m, rng: image_operations.brightness(image, 0.1 + 1.8 * m),
+    "sharpness": lambda image, m, rng: image_operations.sharpness(image, 0.1 + 1.8 * m),
     "shear_x": lambda image, m, rng: _affine(image, 1, _sign(rng) * 0.3 * m, 0, 0, 1, 0),
     "shear_y": lambda image, m, rng: _affine(image, 1, 0, 0, _sign(rng) * 0.3 * m, 1, 0),
     "translate_x": lambda image, m, rng: _affine(image, 1, 0, _sign(rng) * 100 * m, 0, 1, 0),
     "translate_y": lambda image, m, rng: _affine(image, 1, 0, 0, 0, 1, _sign(rng) * 100 * m),
     "cutout": lambda image, m, rng: _cutout(image, int(40 * m), rng),
-    "solarize_add": lambda image, m, rng: ops.solarize_add(image, int(110 * m)),
+    "solarize_add": lambda image, m, rng: image_operations.solarize_add(image, int(110 * m)),
 }

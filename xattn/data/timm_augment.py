@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.config import UsageError
-from xattn.data import image_operations as ops
+from xattn.data import image_operations
 from xattn.data.image_operations import Pixels
 
 _MEAN_COLOUR = (124, 116, 104)
@@ -68,7 +68,7 @@ class TimmRandAugment:
 
 
 def _affine(image: Pixels, *matrix: int | float) -> Pixels:
-    return ops.affine(image, matrix, Image.Resampling.BICUBIC, _MEAN_COLOUR)
+    return image_operations.affine(image, matrix, Image.Resampling.BICUBIC, _MEAN_COLOUR)
 
 
 def _factor(m: float) -> float:
@@ -77,17 +77,17 @@ def _factor(m: float) -> float:
 
 # Name: the operation on an image, with m in -1..1, the strength and its sign.
 OPERATIONS = {
-    "auto_contrast": lambda image, m: ops.auto_contrast(image),
-    "equalize": lambda image, m: ops.equalize(image),
-    "invert": lambda image, m: ops.invert(image),
-    "rotate": lambda image, m: ops.rotate(image, 30 * m, Image.Resampling.BICUBIC, _MEAN_COLOUR),
-    "posterize": lambda image, m: ops.posterize(image, 4 - int(4 * abs(m))),
-    "solarize": lambda image, m: ops.solarize(image, 256 - int(256 * abs(m))),
-    "solarize_add": lambda image, m: ops.solarize_add(image, int(110 * abs(m))),
-    "color": lambda image, m: ops.color(image, _factor(m)),
-    "contrast": lambda image, m: ops.contrast(image, _factor(m)),
-    "brightness": lambda image, m: ops.brightness(image, _factor(m)),
-    "sharpness": lambda image, m: ops.sharpness(image, _factor(m)),
+    "auto_contrast": lambda image, m: image_operations.auto_contrast(image),
+    "equalize": lambda image, m: image_operations.equalize(image),
+    "invert": lambda image, m: image_operations.invert(image),
+    "rotate": lambda image, m: image_operations.rotate(image, 30 * m, Image.Resampling.BICUBIC, _MEAN_COLOUR),
+    "posterize": lambda image, m: image_operations.posterize(image, 4 - int(4 * abs(m))),
+    "solarize": lambda image, m: image_operations.solarize(image, 256 - int(256 * abs(m))),
+    "solarize_add": lambda image, m: image_operations.solarize_add(image, int(110 * abs(m))),
+    "color": lambda image, m: image_operations.color(image, _factor(m)),
+    "contrast": lambda image, m: image_operations.contrast(image, _factor(m)),
+    "brightness": lambda image, m: image_operations.brightness(image, _factor(m)),
+    "sharpness": lambda image, m: image_operations.sharpness(image, _factor(m)),
     "shear_x": lambda image, m: _affine(image, 1, 0.3 * m, 0, 0, 1, 0),
     "shear_y": lambda image, m: _affine(image, 1, 0, 0, 0.3 * m, 1, 0),
     "translate_x": lambda image, m: _affine(image, 1, 0, 0.45 * m * image.shape[1], 0, 1, 0),
