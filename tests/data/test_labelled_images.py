@@ -59,7 +59,7 @@ def test_training_cuts_out_a_part_by_the_seed_and_evaluation_shows_the_centre(op
         rng = np.random.default_rng(seed)
         part = mirrored(IMAGE.crop(draw_crop(60, 40, rng, transform.scale)), rng)
         trained.append(source.example(0, seed)["image"])
-        np.testing.assert_array_equal(trained[-1], transform.train(part, 16, rng))
+        np.testing.assert_array_equal(trained[-1], np.asarray(transform.train(part, 16, rng)))
     assert len({pixels.tobytes() for pixels in trained}) == 8
     np.testing.assert_array_equal(source.example(0, None)["image"], transform.evaluate(IMAGE, 16))
 
@@ -93,7 +93,10 @@ def test_the_fast_decoder_reads_files_to_train_with_and_nothing_else(monkeypatch
         rng = np.random.default_rng(5)
         drawn = draw_crop(60, 40, rng, (0.3, 0.4)), rng.random() < 0.5
         expected = image_transform(options).train(IMAGE.crop((0, 0, 16, 16)), 16, rng)
-        np.testing.assert_array_equal(fast.example(index, 5)["image"], expected)
+        with monkeypatch.context() as patch:
+            if not num_layers:
+                patch.setattr(fast._transform, "train", None)  # there is nothing to do
+            np.testing.assert_array_equal(fast.example(index, 5)["image"], np.asarray(expected))
         assert draws.pop() == drawn
     for index, seed in ((0, None), (1, None), (2, None), (2, 5)):
         np.testing.assert_array_equal(fast.example(index, seed)["image"], exact.example(index, seed)["image"])

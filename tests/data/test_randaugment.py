@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from xattn.config import UsageError
 from xattn.data.randaugment import OPERATIONS, RandAugment
@@ -22,7 +23,7 @@ class Fixed(np.random.Generator):
 
 
 def apply(name, magnitude, pixels=RAMP, **draws):
-    return OPERATIONS[name](pixels, magnitude / 10, Fixed(**draws))
+    return np.asarray(OPERATIONS[name](Image.fromarray(pixels), magnitude / 10, Fixed(**draws)))
 
 
 def test_points_become_what_the_definitions_say():
@@ -79,16 +80,16 @@ def test_layers_are_applied_one_after_the_other_and_all_operations_occur(monkeyp
             return image
 
         monkeypatch.setitem(OPERATIONS, name, count)
-    rng = np.random.default_rng(0)
+    rng, image = np.random.default_rng(0), Image.fromarray(RAMP)
     for _ in range(800):
-        RandAugment(4, 7)(RAMP, rng)
+        RandAugment(4, 7)(image, rng)
     assert sum(counts.values()) == 3200 and len(counts) == 16
     assert all(abs(count - 200) < 5 * np.sqrt(200) for count in counts.values())
 
 
 def test_the_same_generator_gives_the_same_image_of_the_same_size():
     def augmented(seed):
-        return RandAugment(4, 2)(RAMP, np.random.default_rng(seed))
+        return np.asarray(RandAugment(4, 2)(Image.fromarray(RAMP), np.random.default_rng(seed)))
 
     np.testing.assert_array_equal(augmented(3), augmented(3))
     assert len({augmented(seed).tobytes() for seed in range(20)}) > 15

@@ -95,13 +95,13 @@ def test_operations_are_those_of_timm(monkeypatch, level, sign):
     monkeypatch.setattr(auto_augment.random, "random", lambda: 0.75 - 0.5 * (sign > 0))
     y, x = np.mgrid[:40, :60]
     pixels = np.stack([4 * x, 255 - 6 * y, 97 + x * y % 100], -1).astype(np.uint8)
+    image = Image.fromarray(pixels)
     names = auto_augment.rand_augment_choices("", increasing=True)
     for name, (ours, operation) in zip(names, OPERATIONS.items(), strict=True):
         assert name.lower().removesuffix("increasing").removesuffix("rel") == ours.replace("_", "")
         hparams = {"img_mean": FILL, "interpolation": BICUBIC}
         theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=level, hparams=hparams)
-        expected = theirs(Image.fromarray(pixels))
-        np.testing.assert_array_equal(operation(pixels, sign * level / 10), expected, err_msg=name)
+        np.testing.assert_array_equal(operation(image, sign * level / 10), theirs(image), err_msg=name)
 
 
 def bounds(changed):

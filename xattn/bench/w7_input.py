@@ -1,4 +1,4 @@
-"""W7a: how fast training images come, against a plain grain + Pillow loop (with our RandAugment).
+"""W7a: how fast training images come, against a plain grain + Pillow loop.
 
 JPEG files of 500 x 375 pixels, 91 kB on average, are written to a temporary folder and read as batches of 64 random
 crops of 224 x 224, mirrored half of the time. A sample is a second of one way, with its threads started and those of
@@ -63,7 +63,7 @@ def streams(root: Path, num_layers: int, cores: int, batch_size: int = 64, size:
         part = part.resize((size, size), Image.Resampling.BICUBIC)
         if rng.random() < 0.5:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return {"image": augment(np.asarray(part), rng), "label": np.int32(label)}
+        return {"image": np.asarray(augment(part, rng)), "label": np.int32(label)}
 
     def plain() -> Any:
         elements = grain.MapDataset.source(list(zip(files, labels, strict=True))).seed(0).shuffle().repeat()

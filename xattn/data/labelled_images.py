@@ -108,11 +108,15 @@ class LabelledImages:
         if self._fast and isinstance(file, Path):
             file = file.read_bytes()
         if self._fast and isinstance(file, bytes):
-            return self._transform.augment(fast_crop(file, draw, self._size), rng)
-        with _open(file) as image:
-            box, mirrored = draw(*image.size)
-            part = mirror(image.crop(box).convert("RGB"), mirrored)
-        return self._transform.train(part, self._size, rng)
+            pixels = fast_crop(file, draw, self._size)
+            if not self._transform.num_layers:
+                return pixels
+            part = Image.fromarray(pixels)
+        else:
+            with _open(file) as image:
+                box, mirrored = draw(*image.size)
+                part = mirror(image.crop(box).convert("RGB"), mirrored)
+        return np.asarray(self._transform.train(part, self._size, rng))
 
     @staticmethod
     def shapes(image_size: int = 224, **_: object) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,18 +20,16 @@ Pillow's, which that code imitates.
 import dataclasses
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from xattn.config import UsageError
-from xattn.data import image_operations
-from xattn.data.image_operations import Pixels
 
 _GREY = (128, 128, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Applies `num_layers` random operations of strength `magnitude` (0 to 10) to an image uint8 [H, W, 3].
+    """Applies `num_layers` random operations of strength `magnitude` (0 to 10) to an RGB image.
 
     Raises:
       UsageError: fewer than 0 layers, or a magnitude outside of 0..10.
@@ -47,46 +45,49 @@ class RandAugment:
                 f"and {self.magnitude}."
             )
 
-    def __call__(self, image: Pixels, rng: np.random.Generator) -> Pixels:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The augmented image, of the same size; `rng` chooses the operations, their signs and the place to cut."""
         for _ in range(self.num_layers):
             image = list(OPERATIONS.values())[rng.integers(len(OPERATIONS))](image, self.magnitude / 10, rng)
         return image
 
 
-def _affine(image: Pixels, *matrix: int | float) -> Pixels:
-    return image_operations.affine(image, matrix, Image.Resampling.NEAREST, _GREY)
+def _affine(image: Image.Image, *matrix: int | float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=_GREY)
 
 
 def _sign(rng: np.random.Generator) -> float:
     return 1.0 if rng.random() < 0.5 else -1.0
 
 
-def _cutout(image: Pixels, half: int, rng: np.random.Generator) -> Pixels:
-    x, y = int(rng.integers(image.shape[1])), int(rng.integers(image.shape[0]))
-    image = image.copy()
-    image[max(0, y - half) : y + half, max(0, x - half) : x + half] = _GREY
+def _solarize_add(image: Image.Image, amount: int) -> Image.Image:
+    return image.point([min(255, value + amount) if value < 128 else value for value in range(256)] * 3)
+
+
+def _cutout(image: Image.Image, half: int, rng: np.random.Generator) -> Image.Image:
+    x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
+    if half:
+        image = image.copy()
+        ImageDraw.Draw(image).rectangle((x - half, y - half, x + half - 1, y + half - 1), fill=_GREY)
     return image
 
 
 # Name: the operation on an image, with strength m in 0..1.
 OPERATIONS = {
-    "auto_contrast": lambda image, m, rng: image_operations.auto_contrast(image),
-    "equalize": lambda image, m, rng: image_operations.equalize(image),
-    "invert": lambda image, m, rng: image_operations.invert(image),
-    "rotate": lambda image, m, rng: image_operations.rotate(
-        image, _sign(rng) * 30 * m, Image.Resampling.NEAREST, _GREY
-    ),
-    "posterize": lambda image, m, rng: image_operations.posterize(image, max(1, int(4 * m))),
-    "solarize": lambda image, m, rng: image_operations.solarize(image, int(256 * m)),
-    "color": lambda image, m, rng: image_operations.color(image, 0.1 + 1.8 * m),
-    "contrast": lambda image, m, rng: image_operations.contrast(image, 0.1 + 1.8 * m),
-    "brightness": lambda image, m, rng: image_operations.brightness(image, 0.1 + 1.8 * m),
-    "sharpness": lambda image, m, rng: image_operations.sharpness(image, 0.1 + 1.8 * m),
+    "auto_contrast": lambda image, m, rng: ImageOps.autocontrast(image),
+    "equalize": lambda image, m, rng: ImageOps.equalize(image),
+    "invert": lambda image, m, rng: ImageOps.invert(image),
+    "rotate": lambda image, m, rng: image.rotate(_sign(rng) * 30 * m, fillcolor=_GREY),
+    "posterize": lambda image, m, rng: ImageOps.posterize(image, max(1, int(4 * m))),
+    "solarize": lambda image, m, rng: ImageOps.solarize(image, int(256 * m)),
+    "color": lambda image, m, rng: ImageEnhance.Color(image).enhance(0.1 + 1.8 * m),
+    "contrast": lambda image, m, rng: ImageEnhance.Contrast(image).enhance(0.1 + 1.8 * m),
+    "brightness": lambda image, m, rng: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * m),
+    "sharpness": lambda image, m, rng: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * m),
     "shear_x": lambda image, m, rng: _affine(image, 1, _sign(rng) * 0.3 * m, 0, 0, 1, 0),
     "shear_y": lambda image, m, rng: _affine(image, 1, 0, 0, _sign(rng) * 0.3 * m, 1, 0),
     "translate_x": lambda image, m, rng: _affine(image, 1, 0, _sign(rng) * 100 * m, 0, 1, 0),
     "translate_y": lambda image, m, rng: _affine(image, 1, 0, 0, 0, 1, _sign(rng) * 100 * m),
     "cutout": lambda image, m, rng: _cutout(image, int(40 * m), rng),
-    "solarize_add": lambda image, m, rng: image_operations.solarize_add(image, int(110 * m)),
+    "solarize_add": lambda image, m, rng: _solarize_add(image, int(110 * m)),
 }

@@ -25,18 +25,16 @@ older releases of Pillow; Pillow 13 refuses them, and timm fails with it.
 import dataclasses
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from xattn.config import UsageError
-from xattn.data import image_operations
-from xattn.data.image_operations import Pixels
 
 _MEAN_COLOUR = (124, 116, 104)
 
 
 @dataclasses.dataclass(frozen=True)
 class TimmRandAugment:
-    """Applies up to `num_layers` random operations to an image uint8 [H, W, 3].
+    """Applies up to `num_layers` random operations to an RGB image.
 
     Attributes:
       num_layers: how many operations are drawn; 0 leaves the image as it is.
@@ -57,39 +55,47 @@ class TimmRandAugment:
                 f"least 0, but got {self.num_layers}, {self.magnitude} and {self.magnitude_std}."
             )
 
-    def __call__(self, image: Pixels, rng: np.random.Generator) -> Pixels:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The augmented image, of the same size; `rng` chooses the operations, whether they act, and how strongly."""
-        operations = list(OPERATIONS.values())
-        for index in rng.integers(len(operations), size=self.num_layers):
+        for operation in rng.choice(list(OPERATIONS), self.num_layers):
             if rng.random() < 0.5:
                 strength = np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10) / 10
-                image = operations[index](image, float(strength) * (1 if rng.random() < 0.5 else -1))
+                image = OPERATIONS[operation](image, float(strength) * (1 if rng.random() < 0.5 else -1))
         return image
 
 
-def _affine(image: Pixels, *matrix: int | float) -> Pixels:
-    return image_operations.affine(image, matrix, Image.Resampling.BICUBIC, _MEAN_COLOUR)
+def _affine(image: Image.Image, *matrix: int | float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_MEAN_COLOUR)
+
+
+def _points(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """The image whose level v, 0 to 255, becomes values[v] in every channel."""
+    return image.point(values.tolist() * 3)
 
 
 def _factor(m: float) -> float:
     return max(0.1, 1 + 0.9 * m)
 
 
+_LEVELS = np.arange(256)
+
 # Name: the operation on an image, with m in -1..1, the strength and its sign.
 OPERATIONS = {
-    "auto_contrast": lambda image, m: image_operations.auto_contrast(image),
-    "equalize": lambda image, m: image_operations.equalize(image),
-    "invert": lambda image, m: image_operations.invert(image),
-    "rotate": lambda image, m: image_operations.rotate(image, 30 * m, Image.Resampling.BICUBIC, _MEAN_COLOUR),
-    "posterize": lambda image, m: image_operations.posterize(image, 4 - int(4 * abs(m))),
-    "solarize": lambda image, m: image_operations.solarize(image, 256 - int(256 * abs(m))),
-    "solarize_add": lambda image, m: image_operations.solarize_add(image, int(110 * abs(m))),
-    "color": lambda image, m: image_operations.color(image, _factor(m)),
-    "contrast": lambda image, m: image_operations.contrast(image, _factor(m)),
-    "brightness": lambda image, m: image_operations.brightness(image, _factor(m)),
-    "sharpness": lambda image, m: image_operations.sharpness(image, _factor(m)),
+    "auto_contrast": lambda image, m: ImageOps.autocontrast(image),
+    "equalize": lambda image, m: ImageOps.equalize(image),
+    "invert": lambda image, m: ImageOps.invert(image),
+    "rotate": lambda image, m: image.rotate(30 * m, Image.Resampling.BICUBIC, fillcolor=_MEAN_COLOUR),
+    "posterize": lambda image, m: _points(image, _LEVELS & -(16 << int(4 * abs(m)))),
+    "solarize": lambda image, m: ImageOps.solarize(image, 256 - int(256 * abs(m))),
+    "solarize_add": lambda image, m: _points(
+        image, np.where(_LEVELS < 128, np.minimum(_LEVELS + int(110 * abs(m)), 255), _LEVELS)
+    ),
+    "color": lambda image, m: ImageEnhance.Color(image).enhance(_factor(m)),
+    "contrast": lambda image, m: ImageEnhance.Contrast(image).enhance(_factor(m)),
+    "brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(_factor(m)),
+    "sharpness": lambda image, m: ImageEnhance.Sharpness(image).enhance(_factor(m)),
     "shear_x": lambda image, m: _affine(image, 1, 0.3 * m, 0, 0, 1, 0),
     "shear_y": lambda image, m: _affine(image, 1, 0, 0, 0.3 * m, 1, 0),
-    "translate_x": lambda image, m: _affine(image, 1, 0, 0.45 * m * image.shape[1], 0, 1, 0),
-    "translate_y": lambda image, m: _affine(image, 1, 0, 0, 0, 1, 0.45 * m * image.shape[0]),
+    "translate_x": lambda image, m: _affine(image, 1, 0, 0.45 * m * image.width, 0, 1, 0),
+    "translate_y": lambda image, m: _affine(image, 1, 0, 0, 0, 1, 0.45 * m * image.height),
 }

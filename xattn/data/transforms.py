@@ -17,7 +17,7 @@ that was scaled when it was decoded (decoder="fast") comes to Perceiver IO's Ran
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -26,7 +26,6 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from xattn.config import UsageError, check_options, lookup
-from xattn.data.image_operations import Pixels
 from xattn.data.randaugment import RandAugment
 from xattn.data.timm_augment import TimmRandAugment
 
@@ -82,7 +81,7 @@ def eval_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
     side = int(size / (size + 32) * min(image.size))
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.convert("RGB").crop((left, top, left + side, top + side))
-    return _scaled(square, size)
+    return np.asarray(_scaled(square, size))
 
 
 @runtime_checkable
@@ -90,16 +89,15 @@ class ImageTransform(Protocol):
     """What a source of labelled images does to an image of any size.
 
     Training cuts out `draw_crop(width, height, rng, scale)`, mirrors this part half of the time and gives it to
-    `train`, which scales and augments it, or, where it was scaled when it was decoded, to `augment`. Evaluation gives
-    the whole image to `evaluate`.
+    `train`, which scales it and applies `num_layers` random operations. A part that was scaled when it was decoded
+    comes with size x size pixels already, and without layers is not given to `train`. Evaluation gives the whole image
+    to `evaluate`.
     """
 
     scale: tuple[float, float]
+    num_layers: int
 
-    @property
-    def augment(self) -> Callable[[Pixels, np.random.Generator], Pixels]: ...
-
-    def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]: ...
+    def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> Image.Image: ...
 
     def evaluate(self, image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]: ...
 
@@ -110,12 +108,11 @@ class PerceiverTransform:
     scale = (0.08, 1.0)
 
     def __init__(self, num_layers: int = 4, magnitude: int | float = 5):
-        self.augment = RandAugment(num_layers, magnitude)
+        self.num_layers = num_layers
+        self._augment = RandAugment(num_layers, magnitude)
 
-    def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
-        if self.augment.num_layers:
-            part = Image.fromarray(self.augment(np.asarray(part), rng))
-        return _scaled(part, size)
+    def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+        return _scaled(self._augment(part, rng), size)
 
     def evaluate(self, image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
         return eval_crop(image, size)
@@ -153,11 +150,12 @@ class TimmTransform:
                     "config.data.transform needs two numbers as scale, the smallest part of the area above 0 and the "
                     f"largest up to 1, but got {scale}."
                 )
+        self.num_layers = num_layers
         self._crop_fraction = crop_fraction
-        self.augment = TimmRandAugment(num_layers, magnitude, magnitude_std)
+        self._augment = TimmRandAugment(num_layers, magnitude, magnitude_std)
 
-    def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
-        return self.augment(_scaled(part, size), rng)
+    def train(self, part: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+        return self._augment(_scaled(part, size), rng)
 
     def evaluate(self, image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
         shorter = math.floor(size / self._crop_fraction)
@@ -193,5 +191,5 @@ def image_shapes(height: int, width: int, channels: int) -> dict[str, jax.ShapeD
     }
 
 
-def _scaled(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+def _scaled(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC)
